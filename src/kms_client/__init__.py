@@ -1,0 +1,1 @@
+"""Fetch QKD keys from a key management system (KMS)."""
