@@ -1,1 +1,37 @@
-"""Fetch QKD keys from a key management system (KMS)."""
+"""Access to quantum key distribution (QKD) keys through a key management system (KMS).
+
+Knows nothing of TLS connections between applications: that is `qkd_tls`.
+"""
+
+from .errors import (
+    KeyAlreadyUsed,
+    KMSAuthenticationError,
+    KMSError,
+    KMSProtocolError,
+    KMSRequestError,
+    KMSTimeout,
+    KMSUnavailable,
+    NoKeysLeft,
+    UnknownKey,
+    UnknownSAE,
+)
+from .keys import QKDKey
+from .local import LocalKeyManager
+from .manager import KeyManager, KMSStatus
+
+__all__ = [
+    "KMSAuthenticationError",
+    "KMSError",
+    "KMSProtocolError",
+    "KMSRequestError",
+    "KMSStatus",
+    "KMSTimeout",
+    "KMSUnavailable",
+    "KeyAlreadyUsed",
+    "KeyManager",
+    "LocalKeyManager",
+    "NoKeysLeft",
+    "QKDKey",
+    "UnknownKey",
+    "UnknownSAE",
+]
