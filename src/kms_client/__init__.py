@@ -15,11 +15,13 @@ from .errors import (
     UnknownKey,
     UnknownSAE,
 )
+from .etsi014 import Etsi014Client
 from .keys import QKDKey
 from .local import LocalKeyManager
 from .manager import KeyManager, KMSStatus
 
 __all__ = [
+    "Etsi014Client",
     "KMSAuthenticationError",
     "KMSError",
     "KMSProtocolError",

@@ -65,7 +65,7 @@ class KeyManager(Protocol):
         Args:
             peer_sae_id: SAE ID of the slave.
             number: how many, 1 or more.
-            size: of each key in bits, a multiple of 8; None for the KMS' own size.
+            size: of each key in bits, a multiple of 8; None for this manager's own size.
 
         Returns:
             Exactly `number` keys, never fewer.

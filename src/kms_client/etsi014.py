@@ -1,0 +1,330 @@
+"""A KMS that speaks ETSI GS QKD 014 V1.1.1: REST over HTTPS with mutual TLS."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+from urllib.parse import quote
+
+from .errors import (
+    KMSAuthenticationError,
+    KMSError,
+    KMSProtocolError,
+    KMSRequestError,
+    KMSTimeout,
+    KMSUnavailable,
+    NoKeysLeft,
+    UnknownKey,
+    UnknownSAE,
+)
+from .etsi014_messages import (
+    Malformed,
+    build_key_ids_request,
+    build_key_request,
+    error_text,
+    parse_key_container,
+    parse_status,
+)
+from .https import Answer, HTTPSClient
+from .keys import QKDKey
+from .manager import KMSStatus, check_key_ids, check_number_and_size
+
+__all__ = ["Etsi014Client"]
+
+_MAX_BODY = 1 << 20  # bytes, whatever was asked for
+_BYTES_PER_ENTRY = 4096  # an ID and extensions
+_UNASKED_KEY_BYTES = 1 << 16  # for the key itself where its size is not known beforehand
+
+_T = TypeVar("_T")
+
+# Error texts decide only between kinds of refusal, never between an error and success.
+_SAYS_UNKNOWN_KEY = re.compile(
+    r"\bkeys?\b.*\b(not found|unknown|not exist|expired)|\b(unknown|no such) key", re.I
+)
+_SAYS_UNKNOWN_SAE = re.compile(r"\bsae\b.*\b(not found|unknown|not exist|not registered)|\bunknown sae", re.I)
+_SAYS_NO_KEYS = re.compile(
+    r"\b(not enough|insufficient|too few|no (more )?|out of|lack of)\b.*\bkeys?\b|\bkeys?\b.*\bexhausted",
+    re.I,
+)
+
+
+class Etsi014Client:
+    """A `KeyManager` on a KME that speaks ETSI GS QKD 014 V1.1.1.
+
+    The interface is meant for use inside one secure site: keys cross it under ordinary TLS.
+
+    Args:
+        url: the KME's URL, with a path prefix if it has one before `/api/v1`.
+        sae_id: this program's SAE ID; the KME takes it from the certificate.
+        cert: path of this SAE's certificate chain, PEM.
+        key: path of its private key, PEM, not encrypted.
+        ca: path of the CA certificates for the KME's certificate, PEM. The host name is checked.
+        connect_timeout: seconds to connect, for each address of the host; once more for the TLS handshake.
+            Looking up the host name takes as long as the system's resolver takes.
+        read_timeout: seconds for the whole answer, however it trickles in.
+        size: of a key in bits where `get_keys` is not told; None for the KME's own.
+        master_in_key_ids: put the master's SAE ID into each entry of `key_IDs`, which one vendor wants.
+
+    Attributes:
+        quirks: names of the deviations from the standard met so far.
+
+    Raises:
+        ValueError: the URL, an SAE ID or the size is impossible.
+        KMSAuthenticationError: the certificates cannot be loaded.
+
+    Requests are sent by POST with a JSON body. GET is defined for the simple cases too, but KMEs were seen
+    to ignore `number` and `size` in a query, and key IDs in URLs end up in access logs.
+
+    No key request is ever sent twice. Repeating one costs keys: a KME that carried it out has taken the
+    keys from its store, whether or not the answer arrived. A kept-alive connection that the KME has closed
+    is replaced before anything is sent. `status` takes no keys and is tried a second time when the
+    connection is lost.
+
+    A delivered key passes through Python strings (its JSON and base64 text) which cannot be wiped; they are
+    let go at once. The received body, the decoded copies and the `QKDKey` are wiped.
+
+    Every method may be called from any thread.
+    """
+
+    protocol = "etsi-014"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        sae_id: str,
+        cert: str | os.PathLike[str],
+        key: str | os.PathLike[str],
+        ca: str | os.PathLike[str],
+        connect_timeout: float = 3.0,
+        read_timeout: float = 5.0,
+        size: int | None = 256,
+        master_in_key_ids: bool = False,
+    ) -> None:
+        """Check the arguments; the KME is not contacted yet."""
+        check_number_and_size(1, size)
+        _path(sae_id, "status")
+        self._https = HTTPSClient(
+            url, cert=cert, key=key, ca=ca, connect_timeout=connect_timeout, read_timeout=read_timeout
+        )
+        self.name = self._https.url
+        self.sae_id = sae_id
+        self.quirks: set[str] = set()
+        self._size = size
+        self._master_in_key_ids = master_in_key_ids
+
+    def status(self, peer_sae_id: str) -> KMSStatus:
+        """Get status (clause 6.1) of the keys shared with `peer_sae_id`; sizes in bits.
+
+        Raises:
+            KMSUnavailable, KMSTimeout, KMSAuthenticationError, KMSRequestError, UnknownSAE, KMSProtocolError.
+        """
+        try:
+            answer = self._call("GET", peer_sae_id, "status", None, _MAX_BODY)
+        except KMSUnavailable as error:
+            if error.status is not None or isinstance(error, KMSTimeout):
+                raise
+            answer = self._call("GET", peer_sae_id, "status", None, _MAX_BODY)
+        return self._parsed(parse_status, answer, peer_sae_id)
+
+    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
+        """Get key (clause 6.2), as master: exactly `number` new keys shared with the slave `peer_sae_id`.
+
+        Args:
+            peer_sae_id: SAE ID of the slave.
+            number: how many, 1 or more; the KME refuses more than its `max_key_per_request`.
+            size: of each key in bits, a multiple of 8; None for the size this client was made with.
+
+        Raises:
+            NoKeysLeft: the KME has fewer keys, or delivered fewer; those are wiped and lost.
+            KMSProtocolError: the answer is malformed, or the keys are more or of another size than asked for;
+                they are wiped and lost.
+            KMSUnavailable, KMSTimeout: keys the KME took out of its store meanwhile are lost.
+            KMSAuthenticationError, KMSRequestError, UnknownSAE: no key was delivered.
+            ValueError: `number` or `size` is impossible.
+
+        Not idempotent: a repeated call gives other keys.
+        """
+        size = size or self._size
+        check_number_and_size(number, size)
+        request = build_key_request(number, size)
+        per_key = _BYTES_PER_ENTRY + (size // 4 if size else _UNASKED_KEY_BYTES)
+        answer = self._call("POST", peer_sae_id, "enc_keys", request, _MAX_BODY + number * per_key)
+        keys = self._parse_keys(answer, peer_sae_id)
+        problem: KMSError | None = None
+        if len(keys) < number:
+            problem = NoKeysLeft(
+                f"{number} keys were asked for, {len(keys)} delivered", kms=self.name, peer=peer_sae_id
+            )
+        elif len(keys) > number:
+            problem = KMSProtocolError(
+                f"{number} keys were asked for, {len(keys)} delivered", kms=self.name, peer=peer_sae_id
+            )
+        elif wrong := [key for key in keys if size is not None and key.size != size]:
+            problem = KMSProtocolError(
+                f"keys of {size} bits were asked for, one of {wrong[0].size} bits was delivered",
+                kms=self.name,
+                peer=peer_sae_id,
+                key_ids=[key.key_id for key in wrong],
+                hint="Ask for the key_size of the KME's status.",
+            )
+        if problem is not None:
+            _wipe(keys)
+            raise problem
+        return keys
+
+    def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
+        """Get key with key IDs (clause 6.3), as slave: the keys the master `peer_sae_id` has told the IDs of.
+
+        Args:
+            peer_sae_id: SAE ID of the master.
+            key_ids: one or more, all different. Compared exactly, or without letter case where a KME
+                changes it.
+
+        Returns:
+            One key for each ID in the order asked, under the ID asked. Their size is for the caller to check.
+
+        Raises:
+            UnknownKey: the KME does not have one of them (any more), or delivered only some; those are wiped
+                and lost.
+            KMSProtocolError: the answer is malformed, or has keys not asked for; they are wiped and lost.
+            KMSUnavailable, KMSTimeout: keys the KME delivered meanwhile are lost.
+            KMSAuthenticationError: a certificate was refused, or this SAE is not a slave of these keys.
+            KMSRequestError, UnknownSAE: no key was delivered.
+            ValueError: no ID, an empty one, or the same one twice.
+
+        Not idempotent: a repeated call is refused, for a key is delivered once.
+        """
+        check_key_ids(key_ids)
+        request = build_key_ids_request(key_ids, peer_sae_id if self._master_in_key_ids else None)
+        max_size = _MAX_BODY + len(key_ids) * (_BYTES_PER_ENTRY + _UNASKED_KEY_BYTES)
+        answer = self._call("POST", peer_sae_id, "dec_keys", request, max_size, key_ids)
+        keys = self._parse_keys(answer, peer_sae_id, key_ids)
+        found = {key.key_id: key for key in keys}
+        ordered = []
+        for key_id in key_ids:
+            key = found.pop(key_id, None) or self._other_case(found, key_id)
+            if key is not None:
+                ordered.append(key)
+        if found:
+            _wipe(keys)
+            raise KMSProtocolError(
+                "the KME delivered keys that were not asked for",
+                kms=self.name,
+                peer=peer_sae_id,
+                key_ids=list(found),
+            )
+        if len(ordered) < len(key_ids):
+            _wipe(ordered)
+            delivered = {key.key_id for key in ordered}
+            raise UnknownKey(
+                f"{len(key_ids)} keys were asked for, {len(keys)} delivered",
+                kms=self.name,
+                peer=peer_sae_id,
+                key_ids=[key_id for key_id in key_ids if key_id not in delivered],
+            )
+        return ordered
+
+    def close(self) -> None:
+        """Close the connections to the KME. Later calls raise `KMSUnavailable`."""
+        self._https.close()
+
+    def __repr__(self) -> str:
+        """The KME and this SAE."""
+        return f"<Etsi014Client {self.name} sae_id={self.sae_id}>"
+
+    def _other_case(self, found: dict[str, QKDKey], key_id: str) -> QKDKey | None:
+        """The one key in `found` whose ID is `key_id` in other letter case, under the ID asked."""
+        same = [other for other in found if other.lower() == key_id.lower()]
+        if len(same) != 1:
+            return None
+        self.quirks.add("letter case of key ID changed")
+        with found.pop(same[0]).use() as secret:
+            return QKDKey(key_id, secret, kms=self.name)
+
+    def _call(
+        self,
+        method: str,
+        peer_sae_id: str,
+        call: str,
+        body: bytes | None,
+        max_size: int,
+        key_ids: Sequence[str] = (),
+    ) -> Answer:
+        """The answer with status 200; anything else raises."""
+        path = _path(peer_sae_id, call)
+        try:
+            answer = self._https.request(method, path, body, max_size)
+        except KMSError as error:
+            error.peer = peer_sae_id
+            error.key_ids = tuple(key_ids)
+            raise
+        if answer.status == 200:
+            return answer
+        text = error_text(answer.body)
+        _zero(answer.body)
+        raise _refusal(call, answer.status, text, kms=self.name, peer=peer_sae_id, key_ids=key_ids)
+
+    def _parse_keys(self, answer: Answer, peer: str, key_ids: Sequence[str] = ()) -> list[QKDKey]:
+        return self._parsed(
+            lambda body: parse_key_container(body, kms=self.name, quirks=self.quirks), answer, peer, key_ids
+        )
+
+    def _parsed(
+        self, parse: Callable[[bytearray], _T], answer: Answer, peer: str, key_ids: Sequence[str] = ()
+    ) -> _T:
+        try:
+            return parse(answer.body)
+        except Malformed as error:
+            problem = str(error)
+        finally:
+            _zero(answer.body)
+        # Outside the except block: the traceback of Malformed leads to frames that hold keys.
+        raise KMSProtocolError(problem, kms=self.name, peer=peer, key_ids=key_ids, status=answer.status)
+
+
+def _path(sae_id: str, call: str) -> str:
+    # "." and ".." stay as they are in percent-encoding and would be taken for steps in the path.
+    if sae_id in ("", ".", ".."):
+        raise ValueError(f"{sae_id!r} cannot be an SAE ID")
+    return f"/api/v1/keys/{quote(sae_id, safe='')}/{call}"
+
+
+def _refusal(call: str, status: int, text: str, *, kms: str, peer: str, key_ids: Sequence[str]) -> KMSError:
+    """The error for an HTTP status other than 200.
+
+    The standard has 400, 401 and 503 (clause 6); the rest is what KMEs were seen to answer.
+    """
+    says = f"the KME refused: {text}" if text else "the KME refused without saying why"
+    kind: type[KMSError] = KMSRequestError
+    hint = ""
+    if status < 400:
+        kind, says = KMSProtocolError, "the KME answered neither keys nor an error"
+    elif status in (408, 504):
+        kind, says = KMSTimeout, f"the KME timed out: {text}" if text else "the KME timed out"
+    elif call == "enc_keys" and _SAYS_NO_KEYS.search(text):
+        kind = NoKeysLeft
+    elif call == "dec_keys" and status < 500 and (status in (404, 410) or _SAYS_UNKNOWN_KEY.search(text)):
+        kind = UnknownKey
+    elif status in (401, 403):
+        kind = KMSAuthenticationError
+        if call == "dec_keys":
+            hint = "Check that this SAE is a slave of these keys, and its certificate and SAE ID."
+    elif status < 500 and (status == 404 or _SAYS_UNKNOWN_SAE.search(text)):
+        kind = UnknownSAE
+        if not text:
+            hint = "Check the peer's SAE ID, and the path in the KME's URL."
+    elif status == 429 or status >= 500:
+        kind, says = KMSUnavailable, f"the KME cannot serve: {text}" if text else "the KME cannot serve"
+    return kind(says, kms=kms, peer=peer, key_ids=key_ids, status=status, hint=hint)
+
+
+def _wipe(keys: Sequence[QKDKey]) -> None:
+    for key in keys:
+        key.wipe()
+
+
+def _zero(body: bytearray) -> None:
+    body[:] = bytes(len(body))
