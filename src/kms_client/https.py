@@ -215,8 +215,9 @@ class HTTPSClient:
         if caused_by(requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError):
             return KMSTimeout(f"no complete answer within {read:g} seconds", kms=self.url)
         if caused_by(urllib3.exceptions.NewConnectionError):
-            refusal = caused_by(OSError)
-            reason = (refusal.strerror if refusal else None) or "the host is not known or not reachable"
+            # requests' errors are OSErrors too, without an errno.
+            refusals = [c for c in causes if isinstance(c, OSError) and c.errno is not None]
+            reason = refusals[0].strerror if refusals else "the host is unknown or unreachable"
             return KMSUnavailable(f"cannot connect: {reason}", kms=self.url)
         failure = caused_by(ssl.SSLError)
         if failure is not None and not isinstance(failure, ssl.SSLEOFError):

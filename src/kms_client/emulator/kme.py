@@ -1,0 +1,359 @@
+"""One KME: the three calls of ETSI GS QKD 014 V1.1.1 (clause 6) over HTTPS with mutual TLS.
+
+The caller's SAE ID is taken from its client certificate: of the SAN's URIs (`urn:sae:` and the
+percent-encoded ID, or the ID itself), its DNS names and the subject's common name, exactly one must be a
+registered SAE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from .link import LinkDown, LinkEnd
+from .pki import SAE_URI_PREFIX
+from .store import Assignment, Delivery, KeyStore, NotASlave, NotFound
+
+__all__ = ["KME", "Faults", "Limits", "server_context"]
+
+_STOP_TIMEOUT = 0.2  # seconds that requests under way get when the KME stops
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the KME says in its status; sizes in bits."""
+
+    max_key_per_request: int = 128
+    max_key_size: int = 4096
+    min_key_size: int = 64
+    max_sae_id_count: int = 4
+
+
+@dataclass
+class Faults:
+    """Misbehaviour to switch on in tests."""
+
+    delay: float = 0.0  # seconds before any answer
+    answer_with: tuple[int, str] | None = None  # status and body of every answer instead of the real one
+    corrupt_keys: bool = False  # deliver other keys to slaves than were delivered to masters
+
+
+class _Refused(Exception):
+    """An error answer (clause 6.4)."""
+
+    def __init__(self, status: int, message: str, *details: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.status = status
+        self.details = details
+
+
+class KME:
+    """One KME on one port.
+
+    Args:
+        kme_id: its ID.
+        peer_kme_id: that of the KME at the other end of the link.
+        sae_ids: SAEs of this KME.
+        peer_sae_ids: SAEs of the other KME.
+        store: this end's keys.
+        link: to the other KME.
+        limits: of requests.
+        on_delivery: called with every delivery, after it was put down in `store.deliveries`.
+    """
+
+    def __init__(
+        self,
+        kme_id: str,
+        peer_kme_id: str,
+        sae_ids: Iterable[str],
+        peer_sae_ids: Iterable[str],
+        store: KeyStore,
+        link: LinkEnd,
+        *,
+        limits: Limits = Limits(),
+        on_delivery: Callable[[Delivery], None] | None = None,
+    ) -> None:
+        """Serve with `start`."""
+        self.kme_id = kme_id
+        self.peer_kme_id = peer_kme_id
+        self.sae_ids = frozenset(sae_ids)
+        self.peer_sae_ids = frozenset(peer_sae_ids)
+        self.store = store
+        self.limits = limits
+        self.faults = Faults()
+        self.port = 0
+        self._link = link
+        self._on_delivery = on_delivery
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int, context: ssl.SSLContext) -> None:
+        """Listen on `host` and `port` (a free one for 0; then see the attribute `port`)."""
+        app = web.Application(middlewares=[self._answer_errors, self._misbehave])
+        resource = "/api/v1/keys/{sae_id}/"
+        app.router.add_get(resource + "status", self._status, allow_head=False)
+        for method in ("GET", "POST"):
+            app.router.add_route(method, resource + "enc_keys", self._enc_keys)
+            app.router.add_route(method, resource + "dec_keys", self._dec_keys)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_STOP_TIMEOUT)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port, ssl_context=context, reuse_address=True).start()
+        except BaseException:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+        self.port = runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Stop listening and close all connections; keys and port are kept for the next `start`."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+    async def _status(self, request: web.Request) -> web.Response:
+        master = self._caller(request)
+        slave = self._peer(request)
+        store, limits = self.store, self.limits
+        return web.json_response(
+            {
+                "source_KME_ID": self.kme_id,
+                "target_KME_ID": self.peer_kme_id,
+                "master_SAE_ID": master,
+                "slave_SAE_ID": slave,
+                "key_size": store.key_size,
+                "stored_key_count": store.available_count,
+                "max_key_count": store.max_key_count,
+                "max_key_per_request": limits.max_key_per_request,
+                "max_key_size": limits.max_key_size,
+                "min_key_size": limits.min_key_size,
+                "max_SAE_ID_count": limits.max_sae_id_count,
+            }
+        )
+
+    async def _enc_keys(self, request: web.Request) -> web.Response:
+        master = self._caller(request)
+        slave = self._peer(request)
+        if request.method == "GET":
+            query = {name: _query_integer(request, name) for name in ("number", "size")}
+            wanted: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
+        else:
+            wanted = await _json(request)
+        number, size = self._number(wanted), self._size(wanted)
+        slaves = (slave, *(sae for sae in self._additional_slaves(wanted) if sae != slave))
+        _check_extensions(wanted)
+        needed = number * self.store.parts_needed(size)
+        if not self._link.up:
+            raise self._link_down()
+        if needed > self.store.available_count:
+            raise _Refused(
+                503,
+                f"not enough keys: {needed} of {self.store.key_size} bits needed,"
+                f" {self.store.available_count} stored",
+            )
+        taken = [self.store.take(size, master, slaves) for _ in range(number)]
+        assignments = [assignment for assignment, _ in taken]
+        try:
+            await self._link.assign(assignments)
+        except LinkDown:
+            for _, secret in taken:
+                _zero(secret)
+            raise self._link_down() from None
+        return self._deliver(taken, master, "master")
+
+    async def _dec_keys(self, request: web.Request) -> web.Response:
+        slave = self._caller(request)
+        master = self._peer(request)
+        if request.method == "GET":
+            key_ids = request.query.getall("key_ID", [])
+            if len(key_ids) != 1:
+                raise _Refused(400, "GET needs exactly one key_ID, POST takes several")
+        else:
+            key_ids = _key_ids(await _json(request))
+        try:
+            secrets = self.store.fetch(key_ids, master, slave)
+        except NotFound:
+            raise _Refused(400, "one or more keys specified are not found on KME") from None
+        except NotASlave:
+            raise _Refused(401, f"SAE {slave} is not a slave of one or more of the keys") from None
+        if self.faults.corrupt_keys:
+            for secret in secrets:
+                secret[0] ^= 1
+        taken = [
+            (Assignment(key_id, (), 0, master, (slave,)), secret)
+            for key_id, secret in zip(key_ids, secrets, strict=True)
+        ]
+        return self._deliver(taken, slave, "slave")
+
+    def _deliver(self, taken: list[tuple[Assignment, bytearray]], sae_id: str, role: Any) -> web.Response:
+        keys = []
+        for assignment, secret in taken:
+            delivery = Delivery(assignment.key_id, sae_id, role)
+            self.store.deliveries.append(delivery)
+            if self._on_delivery is not None:
+                self._on_delivery(delivery)
+            keys.append({"key_ID": assignment.key_id, "key": base64.b64encode(secret).decode()})
+            _zero(secret)
+        return web.json_response({"keys": keys})
+
+    def _caller(self, request: web.Request) -> str:
+        """The SAE that the client's certificate names."""
+        assert request.transport is not None
+        certificate = request.transport.get_extra_info("peercert") or {}
+        known = self.sae_ids.intersection(_certificate_names(certificate))
+        if len(known) != 1:
+            raise _Refused(401, f"the client certificate does not name one SAE registered with {self.kme_id}")
+        return next(iter(known))
+
+    def _peer(self, request: web.Request) -> str:
+        """The SAE that the URL names."""
+        sae_id = request.match_info["sae_id"]
+        if sae_id not in self.peer_sae_ids:
+            raise _Refused(400, f"SAE not found: {self.kme_id} has no link to its KME")
+        return sae_id
+
+    def _number(self, wanted: Mapping[str, Any]) -> int:
+        number = wanted.get("number")
+        if number is None:
+            return 1
+        if not _is_integer(number) or not 1 <= number <= self.limits.max_key_per_request:
+            raise _Refused(400, f"number shall be an integer from 1 to {self.limits.max_key_per_request}")
+        return int(number)
+
+    def _size(self, wanted: Mapping[str, Any]) -> int:
+        size = wanted.get("size")
+        if size is None:
+            return self.store.key_size
+        if not _is_integer(size) or size % 8:
+            raise _Refused(400, "size shall be a multiple of 8")
+        smallest, largest = self.limits.min_key_size, self.limits.max_key_size
+        if not smallest <= size <= largest:
+            raise _Refused(400, f"size shall be from {smallest} to {largest} bits")
+        return int(size)
+
+    def _additional_slaves(self, wanted: Mapping[str, Any]) -> list[str]:
+        slaves = wanted.get("additional_slave_SAE_IDs")
+        if slaves is None:
+            return []
+        if not isinstance(slaves, list) or not all(isinstance(slave, str) for slave in slaves):
+            raise _Refused(400, "additional_slave_SAE_IDs shall be a list of SAE IDs")
+        if len(slaves) > self.limits.max_sae_id_count:
+            raise _Refused(
+                400, f"at most {self.limits.max_sae_id_count} additional_slave_SAE_IDs are supported"
+            )
+        if not self.peer_sae_ids.issuperset(slaves):
+            raise _Refused(400, "SAE not found: one or more of additional_slave_SAE_IDs")
+        return list(dict.fromkeys(slaves))
+
+    def _link_down(self) -> _Refused:
+        return _Refused(503, f"the QKD link to {self.peer_kme_id} is down")
+
+    @web.middleware
+    async def _answer_errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except _Refused as refusal:
+            body: dict[str, Any] = {"message": str(refusal)}
+            if refusal.details:
+                body["details"] = refusal.details
+            return web.json_response(body, status=refusal.status)
+        except web.HTTPException as error:  # no such path, wrong method, body too large
+            return web.json_response({"message": error.reason}, status=error.status, headers=_allow(error))
+
+    @web.middleware
+    async def _misbehave(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if self.faults.delay:
+            await asyncio.sleep(self.faults.delay)
+        if self.faults.answer_with is not None:
+            status, text = self.faults.answer_with
+            return web.Response(status=status, text=text, content_type="application/json")
+        return await handler(request)
+
+
+def server_context(cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
+    """TLS for a KME: its certificate, and a client certificate of the CA required."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(ca))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(cert, key)
+    return context
+
+
+def _certificate_names(certificate: Mapping[str, Any]) -> set[str]:
+    names = {value for rdn in certificate.get("subject", ()) for kind, value in rdn if kind == "commonName"}
+    for kind, value in certificate.get("subjectAltName", ()):
+        if kind in ("URI", "DNS"):
+            names.add(
+                unquote(value.removeprefix(SAE_URI_PREFIX)) if value.startswith(SAE_URI_PREFIX) else value
+            )
+    return names
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        body = await request.json() if request.can_read_body else {}
+    except (JSONDecodeError, UnicodeDecodeError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise _Refused(400, "the request body is not a JSON object")
+    return body
+
+
+def _query_integer(request: web.Request, name: str) -> int | None:
+    text = request.query.get(name)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise _Refused(400, f"{name} shall be an integer")
+    return int(text)
+
+
+def _key_ids(body: Mapping[str, Any]) -> list[str]:
+    entries = body.get("key_IDs")
+    if not isinstance(entries, list) or not entries:
+        raise _Refused(400, "key_IDs shall be a list of one or more objects")
+    key_ids = [entry.get("key_ID") if isinstance(entry, dict) else None for entry in entries]
+    if not all(isinstance(key_id, str) for key_id in key_ids):
+        raise _Refused(400, "each of key_IDs shall be an object with a key_ID")
+    if len(set(key_ids)) != len(key_ids):
+        raise _Refused(400, "a key_ID is given twice")
+    return [str(key_id) for key_id in key_ids]
+
+
+def _check_extensions(wanted: Mapping[str, Any]) -> None:
+    for name in ("extension_mandatory", "extension_optional"):
+        value = wanted.get(name)
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        ):
+            raise _Refused(400, f"{name} shall be a list of objects")
+    if mandatory := wanted.get("extension_mandatory"):
+        raise _Refused(
+            400,
+            "not all extension_mandatory parameters are supported",
+            *({"extension_mandatory_unsupported": name} for entry in mandatory for name in entry),
+        )
+    # None of extension_optional is known here; they may be ignored (clause 6.2).
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _allow(error: web.HTTPException) -> dict[str, str]:
+    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+
+
+def _zero(secret: bytearray) -> None:
+    secret[:] = bytes(len(secret))
