@@ -18,7 +18,7 @@ from cryptography.x509.oid import AuthorityInformationAccessOID
 
 __all__ = ["certificate_dict", "not_after"]
 
-_NameTuple: TypeAlias = tuple[tuple[tuple[str, str], ...], ...]
+_NameTuple: TypeAlias = tuple[tuple[tuple[str, str | bytes], ...], ...]
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 # Not strftime("%b"), which depends on the locale.
@@ -76,12 +76,12 @@ def _extension(extensions: x509.Extensions, kind: type[_Extension]) -> _Extensio
 
 
 def _name(name: x509.Name) -> _NameTuple:
-    return tuple(tuple((_long_name(a.oid), _text(a.value)) for a in rdn) for rdn in name.rdns)
+    return tuple(tuple((_long_name(a.oid), _value(a.value)) for a in rdn) for rdn in name.rdns)
 
 
-def _text(value: str | bytes) -> str:
-    # Bytes are those of a BIT STRING, a unique identifier.
-    return value if isinstance(value, str) else value.decode("latin-1")
+def _value(value: str | bytes) -> str | bytes:
+    # Bytes are those of a BIT STRING, a unique identifier; the first counts the bits unused in the last.
+    return value if isinstance(value, str) else value[1:]
 
 
 @functools.cache
