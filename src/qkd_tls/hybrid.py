@@ -112,12 +112,12 @@ def association_secret(exporter_secret: bytes, kem_secret: bytes = b"") -> bytes
     return _extract(b"qkd-tls/1 association secret", exporter_secret, kem_secret)
 
 
-def tag_key(association_secret: bytes) -> bytes:
+def tag_key(association_secret: bytes | bytearray) -> bytes:
     """The key that the tags of an association's PSK identities are made with, 48 bytes."""
     return _expand(association_secret, b"qkd-tls/1 identity tag", 48)
 
 
-def association_id(association_secret: bytes) -> bytes:
+def association_id(association_secret: bytes | bytearray) -> bytes:
     """What both sides know an association by, 16 bytes; public, as it is part of each PSK identity."""
     return _expand(association_secret, b"qkd-tls/1 association id", ASSOCIATION_ID_SIZE)
 
@@ -149,7 +149,7 @@ class PSKIdentity:
             raise ValueError("a key ID has 1 to 207 printable ASCII characters, none of them a space")
 
     @classmethod
-    def create(cls, kdf: KDF, association_id: bytes, tag_key: bytes, key_id: str) -> PSKIdentity:
+    def create(cls, kdf: KDF, association_id: bytes, tag_key: bytes | bytearray, key_id: str) -> PSKIdentity:
         """The identity for the QKD key `key_id`, with its tag.
 
         Raises:
@@ -179,7 +179,7 @@ class PSKIdentity:
         """The identity as it goes over the wire: ASCII, at most 255 bytes."""
         return b".".join((_head(self.kdf, self.association_id), _base64url(self.tag), self.key_id.encode()))
 
-    def verify_tag(self, tag_key: bytes) -> None:
+    def verify_tag(self, tag_key: bytes | bytearray) -> None:
         """Check, in constant time, that the sender of this identity holds the association secret.
 
         Raises:
@@ -192,7 +192,7 @@ class PSKIdentity:
 
 def derive_psk(
     qkd_key: bytes | bytearray | memoryview,
-    association_secret: bytes,
+    association_secret: bytes | bytearray,
     identity: bytes,
     client_sae_id: str,
     server_sae_id: str,
@@ -251,7 +251,7 @@ def _head(kdf: KDF, association_id: bytes) -> bytes:
     return b".".join((b"qkd1", kdf.value.encode(), _base64url(association_id)))
 
 
-def _tag(kdf: KDF, association_id: bytes, tag_key: bytes, key_id: str) -> bytes:
+def _tag(kdf: KDF, association_id: bytes, tag_key: bytes | bytearray, key_id: str) -> bytes:
     text = _head(kdf, association_id) + b"." + key_id.encode("ascii")
     return hmac.digest(tag_key, text, "sha384")[:_TAG_SIZE]
 
@@ -283,6 +283,6 @@ def _extract(salt: bytes, *secrets: bytes | bytearray | memoryview) -> bytes:
         keying_material[:] = bytes(len(keying_material))
 
 
-def _expand(key: bytes, info: bytes, size: int) -> bytes:
+def _expand(key: bytes | bytearray, info: bytes, size: int) -> bytes:
     """HKDF-Expand (RFC 5869 section 2.3) with SHA-384, to at most 48 bytes: one block is enough."""
     return hmac.digest(key, info + b"\x01", "sha384")[:size]

@@ -1,0 +1,49 @@
+"""The handshake of qkd-tls/1 as a sans-I/O state machine, for both roles.
+
+An engine never reads a socket and never calls a KMS. It is fed bytes, gives bytes, and says what it needs next::
+
+    while True:
+        transport.send(engine.data_to_send())
+        match engine.next_action():
+            case NeedData():
+                engine.receive_data(transport.receive())        # b"" at the end of the stream
+            case FetchKeys() | FetchKeysByID() as fetch:
+                engine.keys(keys from the KMS, or the KMSError it raised)
+            case Established():
+                break
+
+`next_action` raises what ended the handshake: `ssl.SSLError` and its subclasses, the QKDErrors among them. Whatever
+`data_to_send` still gives then (an alert) is worth sending.
+
+The state changes in one place only, `Engine._go`, and `TRANSITIONS` in `states.py` is all that it may do.
+"""
+
+from qkd_tls.engine.base import ALPN_PROTOCOL, Engine, EngineConfig
+from qkd_tls.engine.client import ClientEngine
+from qkd_tls.engine.server import ServerEngine
+from qkd_tls.engine.states import (
+    TRANSITIONS,
+    Action,
+    Established,
+    Event,
+    FetchKeys,
+    FetchKeysByID,
+    NeedData,
+    State,
+)
+
+__all__ = [
+    "ALPN_PROTOCOL",
+    "TRANSITIONS",
+    "Action",
+    "ClientEngine",
+    "Engine",
+    "EngineConfig",
+    "Established",
+    "Event",
+    "FetchKeys",
+    "FetchKeysByID",
+    "NeedData",
+    "ServerEngine",
+    "State",
+]

@@ -1,0 +1,393 @@
+"""The part of an engine that both roles share: the transport's bytes, the state, the actions, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from kms_client import KMSError, KMSProtocolError, QKDKey
+from qkd_tls import certificate, control
+from qkd_tls.association import Association, AssociationStore
+from qkd_tls.control import RejectCode
+from qkd_tls.engine.states import (
+    TRANSITIONS,
+    Action,
+    Established,
+    Event,
+    FetchKeys,
+    FetchKeysByID,
+    NeedData,
+    State,
+)
+from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable
+from qkd_tls.hybrid import EXPORTER_LABEL, EXPORTER_SIZE, KDF, association_secret
+from qkd_tls.info import Path, Protection, QKDInfo
+from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext
+from qkd_tls.policy import Policy
+from qkd_tls.psk import PSK
+from qkd_tls.records import RecordBuffer
+
+__all__ = ["ALPN_PROTOCOL", "NO_KMS", "Engine", "EngineConfig", "wipe_keys"]
+
+ALPN_PROTOCOL: Final = "qkd-tls/1"
+NO_KMS: Final = "none"
+"""The `kms` of an offer by which a client whose policy is `prefer` says that it has no key to offer."""
+
+_READ_SIZE: Final = 1 << 16
+_MIN_KEY_BITS: Final = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine has to know. `lifetime` in seconds, `clock` gives Unix seconds."""
+
+    context: TLSContext
+    policy: Policy
+    associations: AssociationStore
+    kms: str = ""
+    """The KMS' name for people; empty where there is none."""
+    kms_protocol: str = ""
+    """Its name on the wire, e.g. "etsi-014"."""
+    sae_id: str = ""
+    peer_sae_id: str | None = None
+    """Client: the server's SAE ID, where known; else it asks."""
+    allowed_peer_sae_ids: frozenset[str] | None = None
+    """SAE IDs that keys may be shared with; None for any that the KMS allows."""
+    server_hostname: str | None = None
+    alpn: tuple[str, ...] = ()
+    kdf: KDF = KDF.SHA384
+    kem: str | None = None
+    """Client: explicit KEM to add; where the group has no ML-KEM one is added anyway."""
+    announced_keys: int = 0
+    """Client: keys to fetch at a bootstrap for later connections."""
+    pipelined: bool = True
+    lifetime: int = 3600
+    max_keys: int = 64
+    """Server: keys it takes in one offer."""
+    clock: Callable[[], float] = field(default=time.time)
+
+    @property
+    def uses_qkd(self) -> bool:
+        """Whether QKD keys are to be used at all."""
+        return bool(self.kms) and self.policy is not Policy.OFF
+
+
+class Engine:
+    """What both roles share: the transport's bytes, the actions, the end."""
+
+    def __init__(self, config: EngineConfig, start: State) -> None:
+        self._config = config
+        self._state = start
+        self._records = RecordBuffer()
+        self._out = bytearray()
+        self._frames = control.FrameReader()
+        self._tls: TLSConnection | None = None
+        self._psk: PSK | None = None
+        self._association: Association | None = None
+        self._fetch: FetchKeys | FetchKeysByID | None = None
+        self._fallback: str | None = None
+        self._kms_round_trips = 0
+        self._bootstrapped = False
+        self._info: QKDInfo | None = None
+        self._error: Exception | None = None
+
+    # --- what a driver calls
+
+    @property
+    def state(self) -> State:
+        """Where the handshake stands."""
+        return self._state
+
+    @property
+    def connection(self) -> TLSConnection:
+        """The TLS connection for application data, once established."""
+        assert self._state is State.ESTABLISHED and self._tls is not None
+        return self._tls
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The certificate that authenticated the peer, DER: this connection's, or its association's."""
+        if self._association is not None and self._info is not None and self._info.path is not None:
+            return self._association.peer_certificate
+        return self._tls.peer_certificate if self._tls is not None else None
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes from the transport; none at all mean that the peer has closed it."""
+        if self._state is State.FAILED:
+            return
+        if not data:
+            self._guard(self._end_of_stream)
+            return
+        self._records.feed(data)
+        self._guard(self._advance)
+
+    def keys(self, result: list[QKDKey] | KMSError) -> None:
+        """Answer the FetchKeys or FetchKeysByID that `next_action` gave."""
+        fetch, self._fetch = self._fetch, None
+        if fetch is None:
+            wipe_keys([] if isinstance(result, KMSError) else result)
+            if self._state is State.FAILED:
+                return
+            raise RuntimeError("the engine has not asked for keys")
+        self._kms_round_trips += 1
+        if not isinstance(result, KMSError):
+            result = self._checked(fetch, result)
+        self._guard(lambda: self._on_keys(result))
+        self._guard(self._advance)
+
+    def data_to_send(self) -> bytes:
+        """Bytes for the transport; empty where there are none."""
+        self._collect()
+        data = bytes(self._out)
+        self._out.clear()
+        return data
+
+    def next_action(self) -> Action:
+        """What is needed next; raises the error that ended the handshake."""
+        if self._error is not None:
+            raise self._error
+        if self._info is not None:
+            return Established(self._info)
+        return self._fetch or NeedData()
+
+    def abort(self) -> None:
+        """Give up (a deadline has passed, say): wipe what was to be used."""
+        if self._state not in (State.ESTABLISHED, State.FAILED):
+            self._guard(lambda: self._fail(ssl.SSLError(ssl.SSL_ERROR_SSL, "the handshake was given up")))
+
+    # --- state
+
+    def _go(self, event: Event) -> None:
+        self._state = TRANSITIONS[self._state, event]
+
+    def _guard(self, step: Callable[[], object]) -> None:
+        """Run a step; an error of the peer, the KMS or OpenSSL ends the handshake and waits for `next_action`."""
+        if self._state is State.FAILED:
+            return
+        try:
+            step()
+        except OSError as error:
+            self._collect()
+            self._state = State.FAILED
+            self._error = error
+            self._clean_up()
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """End with a close_notify where there is a TLS connection to close."""
+        if self._tls is not None:
+            # In the middle of a handshake OpenSSL refuses; it has sent its own alert then.
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.shutdown()
+        raise error
+
+    def _forget_psk(self) -> None:
+        if self._psk is not None:
+            self._psk.wipe()
+            self._psk = None
+
+    def _clean_up(self) -> None:
+        """After a failure: wipe what was to be used."""
+        self._forget_psk()
+        self._fetch = None
+
+    def _collect(self) -> None:
+        if self._tls is not None and not self._tls.attached:
+            self._out += self._tls.take()
+
+    # --- steps, filled in by the roles
+
+    def _advance(self) -> None:
+        raise NotImplementedError
+
+    def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
+        raise NotImplementedError
+
+    def _end_of_stream(self) -> None:
+        raise ssl.SSLEOFError(
+            ssl.SSL_ERROR_EOF,
+            f"EOF occurred in violation of protocol: the peer closed the transport ({self._state.value})",
+        )
+
+    def _checked(self, fetch: FetchKeys | FetchKeysByID, keys: list[QKDKey]) -> list[QKDKey] | KMSError:
+        """A KMS is not trusted to have done what it was asked."""
+        wanted = fetch.number if isinstance(fetch, FetchKeys) else len(fetch.key_ids)
+        problem = None
+        if len(keys) != wanted:
+            problem = f"gave {len(keys)} keys, {wanted} were asked for"
+        elif short := [key.key_id for key in keys if key.size < _MIN_KEY_BITS]:
+            problem = f"gave keys of less than {_MIN_KEY_BITS} bits: {', '.join(short)}"
+        elif used := [key.key_id for key in keys if key.used]:
+            problem = f"gave keys that are used already: {', '.join(used)}"
+        elif isinstance(fetch, FetchKeysByID) and tuple(key.key_id for key in keys) != fetch.key_ids:
+            problem = "gave other keys than those asked for"
+        if problem is None:
+            return keys
+        wipe_keys(keys)
+        return KMSProtocolError(
+            f"the KMS {problem}",
+            kms=self._config.kms,
+            peer=fetch.peer_sae_id,
+            hint="ask the KMS' vendor; set its key size to 256 bits or more",
+        )
+
+    # --- TLS
+
+    def _handshake(self) -> bool:
+        """Feed records to the handshake until it is complete (True) or more are needed (False)."""
+        assert self._tls is not None
+        done = self._run_handshake()
+        while not done:
+            record = self._records.next_record()
+            if record is None:
+                return False
+            self._tls.feed(record)
+            done = self._run_handshake()
+        return True
+
+    def _run_handshake(self) -> bool:
+        assert self._tls is not None
+        try:
+            return self._tls.handshake()
+        except ssl.SSLCertVerificationError:
+            raise
+        except ssl.SSLError as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error: ssl.SSLError) -> ssl.SSLError:
+        raise NotImplementedError
+
+    def _mismatch(self, error: ssl.SSLError) -> QKDKeyMismatch | None:
+        """A binder that does not fit means that the two sides hold different keys for one key ID."""
+        if self._psk is None or error.reason not in ("BINDER_DOES_NOT_VERIFY", "TLSV1_ALERT_DECRYPT_ERROR"):
+            return None
+        return QKDKeyMismatch(
+            f"the two sides hold different keys for key ID {self._psk.key_id} ({error.reason}); this side's came from "
+            f"{self._config.kms}",
+            hint="check that the KMEs of both sites belong to one link and are in step; if they are, somebody "
+            "is in between",
+            kms=self._config.kms,
+            key_ids=(self._psk.key_id,),
+        )
+
+    def _read_message(self) -> control.Message | None:
+        """The next control message; None where more bytes are needed. Nothing beyond it is fed to TLS."""
+        assert self._tls is not None
+        while True:
+            message = self._frames.next()
+            if message is not None:
+                return message
+            record = self._records.next_record()
+            if record is None:
+                return None
+            self._tls.feed(record)
+            try:
+                while True:
+                    self._frames.feed(self._tls.read(_READ_SIZE))
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLZeroReturnError:
+                self._peer_closed()
+            except ssl.SSLError as error:
+                raise self._explained(error) from None
+
+    def _peer_closed(self) -> NoReturn:
+        raise NotImplementedError
+
+    def _send_message(self, message: control.Message) -> None:
+        assert self._tls is not None
+        self._tls.write(control.encode(message))
+        self._collect()
+
+    def _exchange_over(self) -> None:
+        """After accept or reject no control byte may follow."""
+        if self._frames.unread:
+            raise self._malformed("bytes after the control exchange was over")
+
+    def _malformed(self, what: str) -> QKDProtocolError:
+        return QKDProtocolError(
+            f"the peer broke qkd-tls/1: {what}",
+            hint="check the versions at both ends; a peer that goes on doing this is not speaking qkd-tls/1",
+            code=RejectCode.MALFORMED,
+        )
+
+    def _association_secret(self, kem_secret: bytes = b"") -> bytearray:
+        assert self._tls is not None
+        exported = self._tls.export(EXPORTER_LABEL, EXPORTER_SIZE)
+        return bytearray(association_secret(exported, kem_secret))
+
+    def _until(self, lifetime: int) -> float:
+        """When an association made now ends: at its lifetime's end, or the peer certificate's (Unix seconds)."""
+        assert self._tls is not None
+        ends = self._config.clock() + lifetime
+        peer = self._tls.peer_certificate
+        return ends if peer is None else min(ends, certificate.not_after(peer))
+
+    # --- the end
+
+    def _establish(self, event: Event, alpn: str | None) -> None:
+        assert self._tls is not None
+        self._go(event)
+        # What came with the last flight already is application data.
+        self._tls.feed(self._records.take(len(self._records)))
+        group = self._tls.group
+        association = self._association if event is Event.PSK_ACCEPTED else None
+        if association is None:
+            self._info = QKDInfo(
+                protection=Protection.PQ_ONLY if group in ML_KEM_GROUPS else Protection.CLASSICAL,
+                group=group,
+                cipher=self._tls.cipher[0],
+                alpn=alpn,
+                kms_round_trips=self._kms_round_trips,
+                fallback=self._fallback,
+            )
+            return
+        assert self._psk is not None
+        self._info = QKDInfo(
+            protection=Protection.HYBRID,
+            group=group,
+            cipher=self._tls.cipher[0],
+            alpn=alpn,
+            path=Path.BOOTSTRAP if self._bootstrapped else Path.ASSOCIATED,
+            key_id=self._psk.key_id,
+            kms=self._config.kms,
+            kms_protocol=self._config.kms_protocol,
+            client_sae_id=association.client_sae_id,
+            server_sae_id=association.server_sae_id,
+            association=association.id.hex(),
+            kem=association.kem,
+            announced=self._psk.announced,
+            kms_round_trips=self._kms_round_trips,
+        )
+        self._forget_psk()
+
+    def _no_qkd(self, why: str, *, hint: str, error: KMSError | None = None, code: str | None = None) -> None:
+        """There will be no QKD key on this connection: an error under `require`, a note under `prefer`."""
+        if self._config.policy is Policy.REQUIRE:
+            self._fail(
+                QKDUnavailable(
+                    why,
+                    hint=hint,
+                    peer=error.peer if error else self._config.peer_sae_id,
+                    kms=error.kms if error else self._config.kms,
+                    key_ids=error.key_ids if error else (),
+                    code=code,
+                )
+            )
+        self._fallback = why
+
+    def _kms_failed(self, error: KMSError) -> None:
+        self._no_qkd(
+            f"no QKD key from {self._config.kms}: {error}",
+            hint="check the KME and the link; policy 'prefer' would go on without a QKD key",
+            error=error,
+        )
+
+
+def wipe_keys(keys: Iterable[QKDKey]) -> None:
+    """Wipe keys that nobody will use."""
+    for key in keys:
+        key.wipe()

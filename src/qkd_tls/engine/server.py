@@ -1,0 +1,323 @@
+"""The server's half of the state machine."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Final, NoReturn
+
+from kms_client import KMSError, QKDKey, UnknownKey, UnknownSAE
+from qkd_tls import control, kems
+from qkd_tls.association import Association
+from qkd_tls.client_hello import (
+    ClientHello,
+    ClientHelloError,
+    group_names,
+    parse_client_hello,
+    read_handshake_message,
+)
+from qkd_tls.control import RejectCode
+from qkd_tls.engine.base import ALPN_PROTOCOL, NO_KMS, Engine, EngineConfig
+from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
+from qkd_tls.engine.states import Event, FetchKeysByID, State
+from qkd_tls.errors import QKDUnavailable
+from qkd_tls.hybrid import PSKIdentity
+from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+from qkd_tls.policy import Policy
+from qkd_tls.records import alert
+
+__all__ = ["ServerEngine"]
+
+_ALERT_NO_APPLICATION_PROTOCOL: Final = 120
+
+
+class ServerEngine(Engine):
+    """The TLS server, which is the slave SAE: it asks its KMS for the keys that the client names."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, State.SERVER_HELLO)
+        self._hello: ClientHello | None = None
+        self._identity: PSKIdentity | None = None
+        self._offer: control.Offer | None = None
+        self._rejection: tuple[RejectCode, str, KMSError | None] | None = None
+        self._discovered = False
+        self._app_alpn: str | None = None
+
+    def _advance(self) -> None:
+        while True:
+            before = self._state
+            if before is State.SERVER_HELLO:
+                self._read_hello()
+            elif before is State.SERVER_HANDSHAKE:
+                if self._handshake():
+                    self._after_handshake()
+            elif before is State.SERVER_CONTROL:
+                self._read_control()
+            elif before is State.SERVER_SKIP:
+                self._skip_hello()
+            if self._state is before:
+                return
+
+    # --- ClientHello
+
+    def _read_hello(self) -> None:
+        if not len(self._records):
+            return
+        self._hello = None
+        try:
+            read = read_handshake_message(self._records.peek())
+            if read is None:
+                return
+            self._hello = parse_client_hello(read[0])
+        except ClientHelloError:
+            # OpenSSL says better what is wrong with it, and sends the alert.
+            self._start_handshake(Event.NO_KEY_NEEDED)
+            return
+        if self._config.uses_qkd:
+            self._look_for_identity(self._hello)
+        else:
+            self._start_handshake(Event.NO_KEY_NEEDED)
+
+    def _look_for_identity(self, hello: ClientHello) -> None:
+        """Everything is checked before the KMS is asked: nobody without the association secret can make us ask."""
+        try:
+            (encoded,) = hello.psk_identities
+            identity = PSKIdentity.parse(encoded)
+            association = self._config.associations.by_id(identity.association_id, self._config.clock())
+            if association is None or association.server_name != hello.server_name:
+                raise ValueError("association unknown, expired, or made for another server name")
+            association.verify_tag(identity)
+            key = association.spend(identity.key_id)
+        except ValueError:
+            self._start_handshake(Event.NO_KEY_NEEDED)
+            return
+        self._identity, self._association = identity, association
+        if key is not None:
+            self._start_handshake(Event.KEY_AT_HAND, key, announced=not self._bootstrapped)
+        else:
+            self._fetch = FetchKeysByID(association.client_sae_id, (identity.key_id,))
+            self._go(Event.KEY_WANTED)
+
+    def _start_handshake(self, event: Event, key: QKDKey | None = None, *, announced: bool = False) -> None:
+        if key is not None:
+            assert self._association is not None and self._identity is not None
+            try:
+                self._psk = self._association.psk(key, self._identity.kdf, announced=announced)
+            except ValueError:
+                # The association has ended meanwhile; the client will bootstrap.
+                key.wipe()
+        if self._psk is None and self._config.uses_qkd:
+            self._refuse_stock_client()
+        self._go(event)
+        self._tls = TLSConnection(self._config.context, psk=self._psk, select_alpn=self._select_alpn)
+
+    def _refuse_stock_client(self) -> None:
+        offered = self._hello.alpn if self._hello is not None else ()
+        if self._config.policy is not Policy.REQUIRE or ALPN_PROTOCOL.encode() in offered:
+            return
+        if self._hello is None:
+            # Not TLS, or broken: let OpenSSL name it. Nothing gets past _after_handshake.
+            return
+        self._out += alert(_ALERT_NO_APPLICATION_PROTOCOL)
+        raise QKDUnavailable(
+            f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key",
+            hint="give the client a key manager; policy 'prefer' would let it in without a QKD key",
+        )
+
+    def _select_alpn(self, tls: TLSConnection, offered: tuple[bytes, ...]) -> bytes | None:
+        ours = (name.encode() for name in self._config.alpn)
+        selected = next((name for name in ours if name in offered), None)
+        self._app_alpn = selected.decode() if selected else None
+        if self._config.uses_qkd and not tls.psk_accepted and ALPN_PROTOCOL.encode() in offered:
+            return ALPN_PROTOCOL.encode()
+        return selected
+
+    def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
+        if self._state is State.SERVER_OFFER_KEYS:
+            self._answer_offer(result)
+        elif isinstance(result, KMSError):
+            # No PSK: an ordinary handshake, in which the client finds itself in a new bootstrap.
+            self._start_handshake(Event.NO_KEYS)
+        else:
+            self._start_handshake(Event.KEYS, result[0])
+
+    def _after_handshake(self) -> None:
+        assert self._tls is not None
+        if self._tls.psk_accepted:
+            self._establish(Event.PSK_ACCEPTED, self._tls.alpn)
+            return
+        self._forget_psk()
+        self._association = None
+        self._bootstrapped = False
+        if self._tls.alpn == ALPN_PROTOCOL:
+            self._frames = control.FrameReader()
+            self._discovered = False
+            self._go(Event.BOOTSTRAP)
+            return
+        if self._config.uses_qkd:
+            self._no_qkd(
+                f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key",
+                hint="give the client a key manager; policy 'prefer' would let it in without a QKD key",
+            )
+        self._establish(Event.PLAIN, self._tls.alpn)
+
+    # --- control messages
+
+    def _read_control(self) -> None:
+        try:
+            message = self._read_message()
+        except control.UnsupportedVersion as error:
+            self._refuse(RejectCode.UNSUPPORTED_VERSION, str(error))
+        except control.MalformedMessage as error:
+            self._refuse(RejectCode.MALFORMED, str(error))
+        else:
+            if isinstance(message, control.Discover) and not self._discovered:
+                self._discovered = True
+                self._send_message(
+                    control.Identity(
+                        self._config.sae_id, (self._config.kms_protocol,), kems.names(), self._config.max_keys
+                    )
+                )
+                self._go(Event.DISCOVER)
+                self._read_control()
+            elif isinstance(message, control.Offer):
+                self._on_offer(message)
+            elif message is not None:
+                self._refuse(
+                    RejectCode.MALFORMED, f"{type(message).__name__.lower()} where it does not belong"
+                )
+
+    def _on_offer(self, offer: control.Offer) -> None:
+        assert self._tls is not None
+        self._offer = offer
+        config = self._config
+        if self._frames.unread:
+            self._refuse(RejectCode.MALFORMED, "bytes after the offer")
+        if len(offer.key_ids) > config.max_keys:
+            self._refuse(
+                RejectCode.MALFORMED, f"{len(offer.key_ids)} keys offered, at most {config.max_keys}"
+            )
+        if offer.kem is None and self._tls.group not in ML_KEM_GROUPS:
+            self._refuse(
+                RejectCode.KEM_REQUIRED, f"the group {self._tls.group} has no ML-KEM: offer an explicit KEM"
+            )
+        if offer.kms != config.kms_protocol:
+            self._reject(
+                RejectCode.UNSUPPORTED_KMS,
+                "the client has no QKD key to offer"
+                if offer.kms == NO_KMS
+                else f"keys from a KMS of kind {offer.kms!r} cannot be looked up here, only {config.kms_protocol!r}",
+            )
+        elif offer.kem is not None and offer.kem.name not in kems.names():
+            self._reject(RejectCode.UNSUPPORTED_KEM, f"KEM {offer.kem.name!r} is not available here")
+        elif config.allowed_peer_sae_ids is not None and offer.sae_id not in config.allowed_peer_sae_ids:
+            self._reject(RejectCode.UNKNOWN_SAE, f"SAE {offer.sae_id!r} is not allowed here")
+        else:
+            self._fetch = FetchKeysByID(offer.sae_id, offer.key_ids)
+            self._go(Event.OFFER)
+
+    def _answer_offer(self, result: list[QKDKey] | KMSError) -> None:
+        assert self._tls is not None and self._offer is not None
+        if isinstance(result, KMSError):
+            # The client learns what kind of failure it was, not what our KMS said about it.
+            self._reject(_reject_code(result), f"{self._config.kms_protocol} KMS of the server", result)
+            return
+        ciphertext, kem_secret = None, b""
+        if self._offer.kem is not None:
+            try:
+                ciphertext, kem_secret = kems.encapsulate(self._offer.kem.name, self._offer.kem.ek)
+            except kems.KEMError as error:
+                self._refuse(RejectCode.MALFORMED, str(error))
+        expires_at = self._until(self._config.lifetime)
+        association = Association(
+            secret=self._association_secret(kem_secret),
+            client_sae_id=self._offer.sae_id,
+            server_sae_id=self._config.sae_id,
+            server_name=self._hello.server_name if self._hello else None,
+            expires_at=expires_at,
+            peer_certificate=self._tls.peer_certificate,
+            kem=self._offer.kem.name if self._offer.kem else None,
+        )
+        association.announce(result)
+        self._config.associations.add(association)
+        self._send_message(
+            control.Accept(
+                self._config.sae_id,
+                max(1, int(expires_at - self._config.clock())),
+                tuple(key.key_id for key in result),
+                ciphertext,
+            )
+        )
+        self._tls = None
+        self._bootstrapped = True
+        self._go(Event.KEYS)
+
+    def _refuse(self, code: RejectCode, detail: str) -> NoReturn:
+        """Reject for a reason that no policy lets pass, and end."""
+        self._send_message(control.Reject(code, detail, None))
+        error = self._malformed(detail)
+        error.code = code
+        self._fail(error)
+
+    def _reject(self, code: RejectCode, detail: str, error: KMSError | None = None) -> None:
+        """Reject for a reason that policy `prefer` lets pass."""
+        assert self._offer is not None
+        self._send_message(control.Reject(code, detail, self._app_alpn))
+        self._rejection = (code, f"{error or detail}", error)
+        if self._offer.pipelined:
+            # Skipped even where an error follows: closing with bytes unread would reset the transport, and the client
+            # might never see the reject.
+            self._go(Event.REJECT_PIPELINED)
+        else:
+            self._after_reject(Event.REJECT)
+
+    def _skip_hello(self) -> None:
+        if not len(self._records):
+            return
+        try:
+            read = read_handshake_message(self._records.peek())
+        except ClientHelloError as error:
+            self._fail(self._malformed(f"a pipelined offer without its ClientHello: {error}"))
+        if read is not None:
+            self._records.take(read[1])
+            self._after_reject(Event.SKIPPED)
+
+    def _after_reject(self, event: Event) -> None:
+        assert self._offer is not None and self._rejection is not None
+        code, detail, error = self._rejection
+        self._no_qkd(
+            f"no QKD key for client SAE {self._offer.sae_id!r}: {code} ({detail})",
+            hint=REJECT_HINTS[code],
+            error=error,
+            code=code,
+        )
+        self._establish(event, self._app_alpn)
+
+    def _end_of_stream(self) -> None:
+        if self._state is State.SERVER_SKIP:
+            self._after_reject(Event.SKIPPED)
+        else:
+            super()._end_of_stream()
+
+    # --- errors
+
+    def _peer_closed(self) -> NoReturn:
+        raise QKDUnavailable(
+            "the client closed the bootstrap connection without an offer",
+            hint="look at the client's log: its KMS may be down, and its policy is 'require'",
+        )
+
+    def _explained(self, error: ssl.SSLError) -> ssl.SSLError:
+        mismatch = self._mismatch(error)
+        if mismatch is not None:
+            return mismatch
+        ours = ", ".join(self._config.context.settings.groups)
+        theirs = group_names(self._hello.groups) if self._hello is not None else "unknown ones"
+        return with_hint(error, SERVER_HINTS.get(error.reason or "", "").format(ours=ours, theirs=theirs))
+
+
+def _reject_code(error: KMSError) -> RejectCode:
+    if isinstance(error, UnknownKey):
+        return RejectCode.UNKNOWN_KEY
+    if isinstance(error, UnknownSAE):
+        return RejectCode.UNKNOWN_SAE
+    return RejectCode.KMS_UNAVAILABLE

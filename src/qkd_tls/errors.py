@@ -1,0 +1,64 @@
+"""Errors and warnings of a hybrid connection: the class says what is at fault, the text says what to do.
+
+All errors are `ssl.SSLError`, hence `OSError`: a program that copes with TLS errors copes with these. What OpenSSL
+refuses (certificates, protocol version, groups) is raised as the standard library's own classes.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+__all__ = [
+    "ClassicalGroupWarning",
+    "QKDError",
+    "QKDFallbackWarning",
+    "QKDKeyMismatch",
+    "QKDProtocolError",
+    "QKDUnavailable",
+]
+
+
+class QKDError(ssl.SSLError):
+    """A QKD key could not protect this connection.
+
+    Attributes: ``peer`` (the peer's SAE ID or name, where known), ``kms`` (name of the KME asked), ``key_ids``,
+    ``code`` (the reject code of qkd-tls/1, where the peer gave one), ``hint``.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        hint: str,
+        peer: str | None = None,
+        kms: str = "",
+        key_ids: tuple[str, ...] = (),
+        code: str | None = None,
+    ) -> None:
+        self.hint = hint
+        self.peer = peer
+        self.kms = kms
+        self.key_ids = key_ids
+        self.code = code
+        super().__init__(ssl.SSL_ERROR_SSL, f"{text}. What to do: {hint}")
+        self.library, self.reason = "QKD", type(self).__name__
+
+
+class QKDUnavailable(QKDError):
+    """Policy `require`, and no QKD key could be had: a KME failed, the peer refused, or it does not speak qkd-tls/1."""
+
+
+class QKDKeyMismatch(QKDError):
+    """The two KMEs gave different keys for one key ID, or somebody is in between without the key."""
+
+
+class QKDProtocolError(QKDError):
+    """The peer broke the rules of qkd-tls/1."""
+
+
+class QKDFallbackWarning(UserWarning):
+    """Policy `prefer`: this connection has no QKD key in it."""
+
+
+class ClassicalGroupWarning(UserWarning):
+    """The key exchange of this connection has no ML-KEM, since the operator has added a classical group by name."""

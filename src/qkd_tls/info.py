@@ -1,0 +1,64 @@
+"""What protected a connection."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Path", "Protection", "QKDInfo"]
+
+
+class Protection(enum.StrEnum):
+    """The secrets that an eavesdropper would need, beside breaking X25519."""
+
+    HYBRID = "hybrid"
+    """A QKD key, and ML-KEM (in the group or as explicit KEM)."""
+    PQ_ONLY = "pq-only"
+    """ML-KEM; no QKD key."""
+    CLASSICAL = "classical"
+    """Nothing: only where the operator has added a classical group by name."""
+
+
+class Path(enum.StrEnum):
+    """How a hybrid connection came about."""
+
+    BOOTSTRAP = "bootstrap"
+    """Certificates were checked on this connection."""
+    ASSOCIATED = "associated"
+    """Certificates were checked on the connection that made the association."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QKDInfo:
+    """What protected a connection; contains no secrets.
+
+    ``group``, ``cipher``: by OpenSSL's names. ``kem``: the explicit KEM that is in the association's secret, if any.
+    ``association``: its ID in hexadecimal (32 digits). ``kms``: the KME (or other KMS) that this side got the key
+    from, ``kms_round_trips``: requests to it during this handshake. ``announced``: whether the key was fetched with
+    an earlier connection's offer. ``fallback``: why there is no QKD key, where the policy is `prefer`.
+    """
+
+    protection: Protection
+    group: str
+    cipher: str
+    alpn: str | None = None
+    path: Path | None = None
+    key_id: str | None = None
+    kms: str | None = None
+    kms_protocol: str | None = None
+    client_sae_id: str | None = None
+    server_sae_id: str | None = None
+    association: str | None = None
+    kem: str | None = None
+    announced: bool = False
+    kms_round_trips: int = 0
+    fallback: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, e.g. an audit log."""
+        return {
+            name: str(value) if isinstance(value, enum.Enum) else value
+            for name in self.__slots__
+            for value in [getattr(self, name)]
+        }

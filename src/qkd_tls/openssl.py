@@ -1,0 +1,558 @@
+"""The only module that touches OpenSSL.
+
+`TLSSettings` is plain data, `TLSContext` is what OpenSSL makes of it, `TLSConnection` is one handshake and the stream
+behind it: over memory until it is attached to a socket's file descriptor.
+
+The standard library's `ssl` has no external PSKs before Python 3.13, no exporter and, as most distributions build
+it, no ML-KEM. pyOpenSSL rides on the OpenSSL inside the `cryptography` wheel, which has all three; its public API
+lacks the PSK callbacks, so those are reached through the bindings that pyOpenSSL itself uses.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import os
+import ssl
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn
+
+import cryptography
+import OpenSSL
+from cryptography.hazmat.bindings.openssl.binding import Binding
+from OpenSSL import SSL, crypto
+
+from qkd_tls.hybrid import KDF
+from qkd_tls.psk import PSK
+
+__all__ = [
+    "DEFAULT_CIPHER_SUITES",
+    "ML_KEM_GROUPS",
+    "Credentials",
+    "TLSConnection",
+    "TLSContext",
+    "TLSSettings",
+    "VerificationFailed",
+    "openssl_version",
+]
+
+_lib: Final[Any] = Binding.lib
+_ffi: Final[Any] = Binding.ffi
+
+ML_KEM_GROUPS: Final = frozenset(
+    {"X25519MLKEM768", "SecP256r1MLKEM768", "SecP384r1MLKEM1024", "MLKEM512", "MLKEM768", "MLKEM1024"}
+)
+"""TLS groups that hold an ML-KEM secret, by OpenSSL's names."""
+
+DEFAULT_CIPHER_SUITES: Final[dict[KDF, tuple[str, ...]]] = {
+    # The PSK's hash has to be that of the suite that the server picks, and OpenSSL's servers follow the client's order.
+    KDF.SHA384: ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"),
+    KDF.SHA256: ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"),
+}
+
+_TLS1_3: Final = 0x0304
+_PSK_SUITE: Final = {KDF.SHA384: b"\x13\x02", KDF.SHA256: b"\x13\x01"}
+# openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
+_NO_PARTIAL_WILDCARDS: Final = 0x4
+_TLSEXT_NAMETYPE_HOST_NAME: Final = 0
+
+
+def _check_bindings() -> None:
+    needed = (
+        "SSL_CTX_set_psk_use_session_callback",
+        "SSL_CTX_set_psk_find_session_callback",
+        "SSL_SESSION_set1_master_key",
+        "SSL_SESSION_set_cipher",
+        "SSL_SESSION_set_protocol_version",
+        "Cryptography_SSL_SESSION_new",
+        "SSL_CIPHER_find",
+        "SSL_CTX_set1_curves_list",
+        "SSL_get0_group_name",
+        "SSL_set_fd",
+    )
+    missing = [name for name in needed if not hasattr(_lib, name)]
+    if missing:
+        raise ImportError(
+            f"cryptography {cryptography.__version__} with pyOpenSSL {OpenSSL.__version__} lacks "
+            f"{', '.join(missing)}, which external PSKs in TLS 1.3 need. Known to have them: cryptography 50 with "
+            "pyOpenSSL 26.4; install those versions"
+        )
+
+
+_check_bindings()
+
+
+def openssl_version() -> str:
+    """The OpenSSL that runs the connections, e.g. ``OpenSSL 4.0.3 29 Sep 2026``; not the standard library's."""
+    return SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
+
+
+class VerificationFailed(enum.IntEnum):
+    """Codes of X509_V_ERR that get a text of their own (openssl/x509_vfy.h)."""
+
+    HOSTNAME_MISMATCH = 62
+    IP_ADDRESS_MISMATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A certificate chain (DER, leaf first) and its private key."""
+
+    chain: tuple[bytes, ...]
+    # The leaf says which key it is, so two readings of the same files are equal.
+    key: crypto.PKey = field(compare=False, repr=False)
+
+    @classmethod
+    def load(
+        cls, chain: Sequence[bytes], key_pem: bytes, password: Callable[..., bytes] | None
+    ) -> Credentials:
+        """Check that the key is the leaf's; raises ssl.SSLError as `load_cert_chain` of the standard library does."""
+        try:
+            # Without a callback OpenSSL would ask on the terminal.
+            key = crypto.load_privatekey(crypto.FILETYPE_PEM, key_pem, password or (lambda *_: b""))
+        except (crypto.Error, ValueError) as error:
+            raise ssl.SSLError(
+                ssl.SSL_ERROR_SSL,
+                f"cannot read the private key ({_reason(error) or error}): wrong password, or not PEM",
+            ) from None
+        credentials = cls(tuple(chain), key)
+        TLSContext(TLSSettings(server_side=True, credentials=credentials))
+        return credentials
+
+
+@dataclass(frozen=True, slots=True)
+class TLSSettings:
+    """All that a context is compiled from. Equal settings make interchangeable contexts."""
+
+    server_side: bool
+    credentials: Credentials | None = None
+    trusted: tuple[bytes, ...] = ()
+    """Trust anchors, DER."""
+    crls: tuple[bytes, ...] = ()
+    """Certificate revocation lists, DER."""
+    verify_mode: ssl.VerifyMode = ssl.CERT_NONE
+    verify_flags: int = 0
+    check_hostname: bool = False
+    common_name_fallback: bool = False
+    """Accept the subject's common name where the certificate has no DNS names (RFC 6125 6.4.4 discourages it)."""
+    groups: tuple[str, ...] = ("X25519MLKEM768",)
+    cipher_suites: tuple[str, ...] = DEFAULT_CIPHER_SUITES[KDF.SHA384]
+
+
+class TLSContext:
+    """Settings, compiled once and never changed afterwards; serves any number of connections and threads.
+
+    Raises ssl.SSLError where OpenSSL refuses a setting.
+    """
+
+    def __init__(self, settings: TLSSettings) -> None:
+        self.settings = settings
+        context = self._context = SSL.Context(SSL.TLS_METHOD)
+        context.set_min_proto_version(SSL.TLS1_3_VERSION)
+        context.set_max_proto_version(SSL.TLS1_3_VERSION)
+        # No connection is ever resumed: the tickets that a server still sends are names in a cache that is off.
+        context.set_options(SSL.OP_NO_TICKET)
+        context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+        # A read that met only a ticket returns to the caller, whose deadline it is.
+        context.clear_mode(_lib.SSL_MODE_AUTO_RETRY)
+        self._raw = context._context
+        try:
+            self._set_suites_and_groups(settings)
+            self._set_verification(settings)
+            if settings.credentials is not None:
+                self._set_credentials(settings.credentials)
+        except (SSL.Error, crypto.Error) as error:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL refuses the setting: {_reason(error)}") from None
+        if settings.server_side:
+            _lib.SSL_CTX_set_psk_find_session_callback(self._raw, _find_session)
+            _lib.SSL_CTX_set_alpn_select_cb(self._raw, _select_alpn, _ffi.NULL)
+        else:
+            _lib.SSL_CTX_set_psk_use_session_callback(self._raw, _use_session)
+
+    def _set_suites_and_groups(self, settings: TLSSettings) -> None:
+        self._context.set_tls13_ciphersuites(":".join(settings.cipher_suites).encode())
+        if _lib.SSL_CTX_set1_curves_list(self._raw, ":".join(settings.groups).encode()) != 1:
+            _lib.ERR_clear_error()
+            raise ssl.SSLError(
+                ssl.SSL_ERROR_SSL,
+                f"{openssl_version()} does not know one of the groups {', '.join(settings.groups)}: check the "
+                "spelling, or install a cryptography wheel with OpenSSL 3.5 or newer for ML-KEM",
+            )
+
+    def _set_verification(self, settings: TLSSettings) -> None:
+        mode = {
+            ssl.CERT_NONE: SSL.VERIFY_NONE,
+            ssl.CERT_OPTIONAL: SSL.VERIFY_PEER,
+            ssl.CERT_REQUIRED: SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT,
+        }[settings.verify_mode]
+        self._context.set_verify(mode)
+        store = _lib.SSL_CTX_get_cert_store(self._raw)
+        for der in settings.trusted:
+            certificate = _ffi.gc(_lib.d2i_X509_bio(_memory(der), _ffi.NULL), _lib.X509_free)
+            _require(certificate != _ffi.NULL and _lib.X509_STORE_add_cert(store, certificate) == 1)
+        for der in settings.crls:
+            crl = _ffi.gc(_lib.d2i_X509_CRL_bio(_memory(der), _ffi.NULL), _lib.X509_CRL_free)
+            _require(crl != _ffi.NULL and _lib.X509_STORE_add_crl(store, crl) == 1)
+        parameters = _lib.SSL_CTX_get0_param(self._raw)
+        _require(_lib.X509_VERIFY_PARAM_set_flags(parameters, settings.verify_flags) == 1)
+        flags = _NO_PARTIAL_WILDCARDS
+        if not settings.common_name_fallback:
+            flags |= _lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT
+        _lib.X509_VERIFY_PARAM_set_hostflags(parameters, flags)
+
+    def _set_credentials(self, credentials: Credentials) -> None:
+        for number, der in enumerate(credentials.chain):
+            certificate = _ffi.gc(_lib.d2i_X509_bio(_memory(der), _ffi.NULL), _lib.X509_free)
+            _require(certificate != _ffi.NULL)
+            if number == 0:
+                _require(_lib.SSL_CTX_use_certificate(self._raw, certificate) == 1)
+            else:
+                # The context takes over the reference.
+                _require(_lib.SSL_CTX_add_extra_chain_cert(self._raw, _lib.X509_dup(certificate)) == 1)
+        _require(_lib.SSL_CTX_use_PrivateKey(self._raw, credentials.key._pkey) == 1)
+        self._context.check_privatekey()
+
+
+class TLSConnection:
+    """One TLS 1.3 connection; one thread at a time.
+
+    Until `attach`, ciphertext goes in by `feed` and comes out by `take`. Methods raise the standard library's classes:
+    SSLWantReadError, SSLWantWriteError, SSLZeroReturnError, SSLEOFError, SSLCertVerificationError, SSLError, OSError.
+    """
+
+    def __init__(
+        self,
+        context: TLSContext,
+        *,
+        server_hostname: str | None = None,
+        alpn: Sequence[str] = (),
+        psk: PSK | None = None,
+        select_alpn: Callable[[TLSConnection, tuple[bytes, ...]], bytes | None] | None = None,
+    ) -> None:
+        self.context = context
+        self._psk = psk
+        self._select_alpn = select_alpn
+        self._selected: Any = None
+        self._server_hostname = server_hostname
+        self._ssl = _ffi.gc(_lib.SSL_new(context._raw), _lib.SSL_free)
+        self._incoming = _lib.BIO_new(_lib.BIO_s_mem())
+        self._outgoing = _lib.BIO_new(_lib.BIO_s_mem())
+        _lib.SSL_set_bio(self._ssl, self._incoming, self._outgoing)
+        self.attached = False
+        if context.settings.server_side:
+            _lib.SSL_set_accept_state(self._ssl)
+        else:
+            _lib.SSL_set_connect_state(self._ssl)
+            self._name_the_server(server_hostname)
+            if alpn:
+                wire = b"".join(bytes([len(name)]) + name.encode() for name in alpn)
+                # This one function of OpenSSL's returns 0 for success.
+                _require(_lib.SSL_set_alpn_protos(self._ssl, wire, len(wire)) == 0)
+        _connections[_address(self._ssl)] = self
+
+    def _name_the_server(self, server_hostname: str | None) -> None:
+        if server_hostname is None:
+            return
+        address = _ip_address(server_hostname)
+        name = server_hostname.encode("ascii")
+        if address is None:
+            # RFC 6066 3: literal addresses are not permitted in server_name.
+            # The binding does not return OpenSSL's answer, which is no for names of more than 255 bytes.
+            _lib.SSL_set_tlsext_host_name(self._ssl, name)
+            _require(_lib.SSL_get_servername(self._ssl, _TLSEXT_NAMETYPE_HOST_NAME) != _ffi.NULL)
+        if self.context.settings.check_hostname:
+            parameters = _lib.SSL_get0_param(self._ssl)
+            if address is None:
+                _require(_lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name)) == 1)
+            else:
+                _require(_lib.X509_VERIFY_PARAM_set1_ip(parameters, address.packed, len(address.packed)) == 1)
+
+    # --- ciphertext, while in memory
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Give ciphertext from the transport."""
+        with _ffi.from_buffer(data) as buffer:
+            _require(not data or _lib.BIO_write(self._incoming, buffer, len(data)) == len(data))
+
+    def take(self) -> bytes:
+        """Ciphertext for the transport, all there is."""
+        pointer = _ffi.new("char **")
+        size = _lib.BIO_get_mem_data(self._outgoing, pointer)
+        if size <= 0:
+            return b""
+        data = _ffi.buffer(pointer[0], size)[:]
+        scratch = _ffi.new("char[]", size)
+        _lib.BIO_read(self._outgoing, scratch, size)
+        return bytes(data)
+
+    def attach(self, fileno: int) -> None:
+        """Let OpenSSL read and write the socket itself from here on; both directions of memory must be empty."""
+        # SSL_set_fd frees the memory BIOs.
+        _require(_lib.SSL_set_fd(self._ssl, fileno) == 1)
+        self.attached = True
+
+    # --- handshake
+
+    def handshake(self) -> bool:
+        """Go on with the handshake; True when it is complete, False when it needs the peer's bytes."""
+        _lib.ERR_clear_error()
+        result = _lib.SSL_do_handshake(self._ssl)
+        try:
+            if result != 1:
+                self._raise(result)
+        except ssl.SSLWantReadError:
+            return False
+        except BaseException:
+            self._handshake_over()
+            raise
+        self._handshake_over()
+        return True
+
+    def _handshake_over(self) -> None:
+        self._select_alpn = None
+        if self._psk is not None:
+            self._psk.wipe()
+            self._psk = None
+
+    @property
+    def psk_accepted(self) -> bool:
+        """Whether the peers agreed on the PSK."""
+        return bool(_lib.SSL_session_reused(self._ssl))
+
+    @property
+    def alpn(self) -> str | None:
+        """The application protocol that the server selected (RFC 7301)."""
+        pointer, size = _ffi.new("unsigned char **"), _ffi.new("unsigned int *")
+        _lib.SSL_get0_alpn_selected(self._ssl, pointer, size)
+        return bytes(_ffi.buffer(pointer[0], size[0])).decode("ascii", "replace") if size[0] else None
+
+    @property
+    def group(self) -> str:
+        """The key exchange group by OpenSSL's name."""
+        # OpenSSL prints the classical groups by their older, lower-case names.
+        name: str = _ffi.string(_lib.SSL_get0_group_name(self._ssl)).decode()
+        return {"x25519": "X25519", "x448": "X448"}.get(name, name)
+
+    @property
+    def cipher(self) -> tuple[str, str, int]:
+        """Name, protocol version and secret bits, as `ssl.SSLSocket.cipher` gives them."""
+        cipher = _lib.SSL_get_current_cipher(self._ssl)
+        name = _ffi.string(_lib.SSL_CIPHER_get_name(cipher)).decode()
+        return name, "TLSv1.3", _lib.SSL_CIPHER_get_bits(cipher, _ffi.NULL)
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate, DER."""
+        certificate = _lib.SSL_get_peer_certificate(self._ssl)
+        if certificate == _ffi.NULL:
+            return None
+        certificate = _ffi.gc(certificate, _lib.X509_free)
+        bio = _ffi.gc(_lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_free)
+        _require(_lib.i2d_X509_bio(bio, certificate) == 1)
+        pointer = _ffi.new("char **")
+        size = _lib.BIO_get_mem_data(bio, pointer)
+        return bytes(_ffi.buffer(pointer[0], size))
+
+    def export(self, label: bytes, size: int, context: bytes = b"") -> bytes:
+        """Keying material of `size` bytes (RFC 8446 7.5)."""
+        out = bytearray(size)
+        with _ffi.from_buffer(out) as buffer:
+            _require(
+                _lib.SSL_export_keying_material(
+                    self._ssl, buffer, size, label, len(label), context, len(context), 1
+                )
+                == 1
+            )
+        return bytes(out)
+
+    # --- plaintext
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        buffer = bytearray(size)
+        return bytes(memoryview(buffer)[: self.read_into(buffer)])
+
+    def read_into(self, buffer: bytearray | memoryview) -> int:
+        """Fill the buffer (contiguous, up to 2**31 - 1 bytes are used) with at least one byte; returns how many."""
+        size = min(len(buffer), 0x7FFF_FFFF)
+        with _ffi.from_buffer(buffer, require_writable=True) as target:
+            _lib.ERR_clear_error()
+            result = _lib.SSL_read(self._ssl, target, size)
+            if result <= 0:
+                self._raise(result)
+        return int(result)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write at least one byte of non-empty data; returns how many. After a want, any buffer may follow."""
+        size = min(len(data), 0x7FFF_FFFF)
+        with _ffi.from_buffer(data) as source:
+            _lib.ERR_clear_error()
+            result = _lib.SSL_write(self._ssl, source, size)
+            if result <= 0:
+                self._raise(result)
+        return int(result)
+
+    @property
+    def pending(self) -> int:
+        """Bytes that are already decrypted."""
+        return int(_lib.SSL_pending(self._ssl))
+
+    def shutdown(self) -> bool:
+        """Send close_notify; True when the peer's has been seen too (RFC 8446 6.1)."""
+        _lib.ERR_clear_error()
+        result = _lib.SSL_shutdown(self._ssl)
+        if result < 0:
+            self._raise(result)
+        return bool(result == 1)
+
+    @property
+    def close_notify_received(self) -> bool:
+        """Whether the peer has closed its direction."""
+        return bool(_lib.SSL_get_shutdown(self._ssl) & SSL.RECEIVED_SHUTDOWN)
+
+    # --- errors
+
+    def _raise(self, result: int) -> NoReturn:
+        errno = _ffi.errno
+        kind = _lib.SSL_get_error(self._ssl, result)
+        if kind == _lib.SSL_ERROR_WANT_READ:
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
+        if kind == _lib.SSL_ERROR_WANT_WRITE:
+            raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+        if kind == _lib.SSL_ERROR_ZERO_RETURN:
+            raise ssl.SSLZeroReturnError(
+                ssl.SSL_ERROR_ZERO_RETURN, "TLS/SSL connection has been closed (EOF)"
+            )
+        reason = _drain_error_queue()
+        if kind == _lib.SSL_ERROR_SYSCALL and not reason:
+            if errno:
+                raise OSError(errno, os.strerror(errno))
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+        if reason == "unexpected eof while reading":
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+        if reason == "certificate verify failed":
+            raise self._verification_error()
+        error = ssl.SSLError(ssl.SSL_ERROR_SSL, f"[SSL] {reason or 'unknown error'}")
+        error.library, error.reason = "SSL", (reason or "unknown error").upper().replace(" ", "_")
+        raise error
+
+    def _verification_error(self) -> ssl.SSLCertVerificationError:
+        code = _lib.SSL_get_verify_result(self._ssl)
+        text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode()
+        if code == VerificationFailed.HOSTNAME_MISMATCH:
+            text = f"Hostname mismatch, certificate is not valid for '{self._server_hostname}'."
+        elif code == VerificationFailed.IP_ADDRESS_MISMATCH:
+            text = f"IP address mismatch, certificate is not valid for '{self._server_hostname}'."
+        error = ssl.SSLCertVerificationError(
+            ssl.SSL_ERROR_SSL, f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {text}"
+        )
+        error.library, error.reason = "SSL", "CERTIFICATE_VERIFY_FAILED"
+        error.verify_code, error.verify_message = code, text
+        return error
+
+
+# --- callbacks: OpenSSL hands over the SSL pointer, by which they find their connection
+
+_connections: Final[weakref.WeakValueDictionary[int, TLSConnection]] = weakref.WeakValueDictionary()
+
+
+def _address(pointer: Any) -> int:
+    return int(_ffi.cast("uintptr_t", pointer))
+
+
+def _session(pointer: Any, psk: PSK) -> Any:
+    session = _lib.Cryptography_SSL_SESSION_new()
+    cipher = _lib.SSL_CIPHER_find(pointer, _ffi.new("unsigned char[2]", _PSK_SUITE[psk.kdf]))
+    with _ffi.from_buffer(psk.secret) as secret:
+        _require(cipher != _ffi.NULL)
+        _require(_lib.SSL_SESSION_set1_master_key(session, secret, len(psk.secret)) == 1)
+        _require(_lib.SSL_SESSION_set_cipher(session, cipher) == 1)
+        _require(_lib.SSL_SESSION_set_protocol_version(session, _TLS1_3) == 1)
+    return session
+
+
+@_ffi.callback(  # type: ignore[untyped-decorator]
+    "int(SSL *, const EVP_MD *, const unsigned char **, size_t *, SSL_SESSION **)", error=0
+)
+def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, session: Any) -> int:
+    """Client: which PSK to offer. Called again after a HelloRetryRequest, and then gives the same one."""
+    connection = _connections[_address(pointer)]
+    psk = connection._psk
+    if psk is None:
+        session[0] = _ffi.NULL
+        return 1
+    # OpenSSL copies the identity after the callback has returned: the connection keeps the buffer alive.
+    connection._selected = _ffi.new("unsigned char[]", psk.identity)
+    identity[0], identity_size[0] = connection._selected, len(psk.identity)
+    session[0] = _session(pointer, psk)
+    return 1
+
+
+@_ffi.callback(  # type: ignore[untyped-decorator]
+    "int(SSL *, const unsigned char *, size_t, SSL_SESSION **)", error=0
+)
+def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any) -> int:
+    """Server: the PSK of an identity. None means: not this one, go on with certificates."""
+    psk = _connections[_address(pointer)]._psk
+    if psk is None or bytes(_ffi.buffer(identity, identity_size)) != psk.identity:
+        session[0] = _ffi.NULL
+        return 1
+    session[0] = _session(pointer, psk)
+    return 1
+
+
+@_ffi.callback(  # type: ignore[untyped-decorator]
+    "int(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int, void *)",
+    error=_lib.SSL_TLSEXT_ERR_ALERT_FATAL,
+)
+def _select_alpn(pointer: Any, out: Any, out_size: Any, offered: Any, size: int, _argument: Any) -> int:
+    connection = _connections[_address(pointer)]
+    wire = bytes(_ffi.buffer(offered, size))
+    names = []
+    while wire:
+        names.append(wire[1 : 1 + wire[0]])
+        wire = wire[1 + wire[0] :]
+    chosen = connection._select_alpn(connection, tuple(names)) if connection._select_alpn else None
+    if chosen is None:
+        return int(_lib.SSL_TLSEXT_ERR_NOACK)
+    connection._selected = _ffi.new("unsigned char[]", chosen)
+    out[0], out_size[0] = connection._selected, len(chosen)
+    return int(_lib.SSL_TLSEXT_ERR_OK)
+
+
+# --- small helpers
+
+
+def _memory(data: bytes) -> Any:
+    # The BIO does not copy: the gc closure keeps the bytes alive as long as it.
+    buffer = _ffi.from_buffer(data)
+    return _ffi.gc(_lib.BIO_new_mem_buf(buffer, len(data)), lambda bio, _keep=buffer: _lib.BIO_free(bio))
+
+
+def _ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _drain_error_queue() -> str:
+    """The reason of the first error in this thread's queue, which is the innermost; the queue is empty afterwards."""
+    first = ""
+    while code := _lib.ERR_get_error():
+        text = _lib.ERR_reason_error_string(code)
+        first = first or (_ffi.string(text).decode() if text != _ffi.NULL else f"error {code:#x}")
+    return first
+
+
+def _require(succeeded: bool) -> None:
+    if not succeeded:
+        raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL failed: {_drain_error_queue() or 'no reason given'}")
+
+
+def _reason(error: Exception) -> str:
+    # pyOpenSSL's errors carry a list of (library, function, reason).
+    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return "; ".join(entry[2] for entry in entries)

@@ -1,0 +1,62 @@
+"""Splits the transport's bytes into TLS records (RFC 8446 5.1).
+
+Two TLS connections follow one another on one transport. Each is given one record at a time, so that it never swallows
+bytes that belong to the next.
+"""
+
+from __future__ import annotations
+
+__all__ = ["RecordBuffer", "alert"]
+
+_HEADER_SIZE = 5
+# 2**14 of content plus 256 for the encryption (RFC 8446 5.2).
+_LARGEST_FRAGMENT = (1 << 14) + 256
+_CONTENT_TYPES = range(20, 24)
+
+
+class RecordBuffer:
+    """Bytes from the transport, cut at record boundaries."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes."""
+        self._data += data
+
+    def peek(self) -> bytes:
+        """All bytes not yet taken."""
+        return bytes(self._data)
+
+    def next_record(self) -> bytes | None:
+        """One whole record with its header; None where more bytes are needed.
+
+        What cannot be a record comes back at once and whole, for OpenSSL to say what is wrong with it.
+        """
+        data = self._data
+        if not data:
+            return None
+        if data[0] not in _CONTENT_TYPES or (len(data) > 1 and data[1] != 3):
+            return self.take(len(data))
+        if len(data) < _HEADER_SIZE:
+            return None
+        length = int.from_bytes(data[3:5], "big")
+        if length > _LARGEST_FRAGMENT:
+            return self.take(len(data))
+        if len(data) < _HEADER_SIZE + length:
+            return None
+        return self.take(_HEADER_SIZE + length)
+
+    def take(self, size: int) -> bytes:
+        """Remove and return the first bytes."""
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+
+def alert(description: int) -> bytes:
+    """A fatal alert in clear, as a server sends it before any key exists (RFC 8446 6)."""
+    return bytes([21, 3, 3, 0, 2, 2, description])

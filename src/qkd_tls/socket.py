@@ -1,0 +1,552 @@
+"""`QKDSocket`: what `QKDContext.wrap_socket` returns, with the methods and errors of `ssl.SSLSocket`.
+
+During the handshake the engine stands between the socket and OpenSSL. Afterwards OpenSSL reads and writes the socket
+itself, which is as fast as the standard library. The file descriptor always is non-blocking and the timeouts are kept
+here, so that no lock is held while waiting: a thread may read while another one writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
+
+from qkd_tls.certificate import certificate_dict
+from qkd_tls.engine import Engine, Established, NeedData
+from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
+from qkd_tls.fetch import fetch_keys
+from qkd_tls.info import QKDInfo
+from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+
+if TYPE_CHECKING:
+    from qkd_tls.context import QKDContext
+
+__all__ = ["QKDSocket"]
+
+_T = TypeVar("_T")
+_CHUNK: Final = 1 << 16
+
+
+class QKDSocket(socket.socket):
+    """A TLS 1.3 connection over TCP. Made by `QKDContext.wrap_socket`, not by calling the class."""
+
+    server_side: bool
+    server_hostname: str | None
+    do_handshake_on_connect: bool
+    suppress_ragged_eofs: bool
+    _context: QKDContext
+    _engine: Engine | None
+    """Until the handshake is complete."""
+    _tls: TLSConnection | None
+    """From then on."""
+    _info: QKDInfo | None
+    _lock: threading.Lock
+    _peer_certificate: bytes | None
+    _unsent: bytearray
+    """Ciphertext that the transport has not taken yet."""
+    _decrypted: bytearray
+    """Application data that came with the last flight of the handshake."""
+    _late_error: OSError | None
+    _connected: bool
+    _timeout: float | None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError("QKDSocket has no public constructor: use QKDContext.wrap_socket")
+
+    @classmethod
+    def _create(
+        cls,
+        sock: socket.socket,
+        context: QKDContext,
+        *,
+        server_side: bool,
+        do_handshake_on_connect: bool,
+        suppress_ragged_eofs: bool,
+        server_hostname: str | None,
+    ) -> Self:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
+            raise NotImplementedError("only stream sockets are supported")
+        # Complains about arguments that do not fit before the socket is taken over.
+        engine = context.new_engine(server_side=server_side, server_hostname=server_hostname)
+        self = cls.__new__(cls)
+        timeout = sock.gettimeout()
+        socket.socket.__init__(self, sock.family, sock.type, sock.proto, sock.fileno())
+        sock.detach()
+        self._context = context
+        self.server_side, self.server_hostname = server_side, server_hostname
+        self.do_handshake_on_connect = do_handshake_on_connect
+        self.suppress_ragged_eofs = suppress_ragged_eofs
+        self._engine = self._tls = self._info = None
+        self._lock = threading.Lock()
+        self._peer_certificate = None
+        self._unsent = bytearray()
+        self._decrypted = bytearray()
+        self._late_error = None
+        self._connected = False
+        self._timeout = timeout
+        socket.socket.settimeout(self, timeout)
+        try:
+            self.getpeername()
+        except OSError:
+            return self
+        try:
+            self._start(engine)
+            if do_handshake_on_connect:
+                if timeout == 0.0:
+                    raise ValueError(
+                        "do_handshake_on_connect should not be specified for non-blocking sockets"
+                    )
+                self.do_handshake()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start(self, engine: Engine) -> None:
+        self._connected = True
+        self._engine = engine
+        socket.socket.setblocking(self, False)
+
+    # --- what the connection is
+
+    @property
+    def context(self) -> QKDContext:
+        """The context that made this socket."""
+        return self._context
+
+    @property
+    def qkd(self) -> QKDInfo | None:
+        """What protected this connection; None before the handshake is complete."""
+        return self._info
+
+    @property
+    def session(self) -> None:
+        """None: no connection is ever resumed without a fresh QKD key."""
+        return None
+
+    @property
+    def session_reused(self) -> bool:
+        """False; see `session`."""
+        return False
+
+    def version(self) -> str | None:
+        """`TLSv1.3`, or None before the handshake is complete."""
+        return "TLSv1.3" if self._tls is not None else None
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Name of the cipher suite, protocol version and secret bits."""
+        return self._tls.cipher if self._tls is not None else None
+
+    def compression(self) -> None:
+        """None: TLS 1.3 has no compression."""
+        return
+
+    def selected_alpn_protocol(self) -> str | None:
+        """The application's protocol; never `qkd-tls/1`."""
+        return self._info.alpn if self._info is not None else None
+
+    def selected_npn_protocol(self) -> None:
+        """None: superseded by ALPN."""
+        return
+
+    def getpeercert(self, binary_form: bool = False) -> dict[str, Any] | bytes | None:
+        """The certificate that authenticated the peer: on an associated connection that of the bootstrap.
+
+        As in the standard library: None where there is none, an empty dictionary where it was not verified.
+        """
+        if self._info is None:
+            raise ValueError("handshake not done yet")
+        certificate = self._peer_certificate
+        if binary_form or certificate is None:
+            return certificate
+        return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
+
+    def get_channel_binding(self, cb_type: str = "tls-exporter") -> bytes | None:
+        """Channel binding of this connection, 32 bytes (RFC 9266); None before the handshake is complete."""
+        if cb_type != "tls-exporter":
+            raise ValueError(
+                f"{cb_type} channel binding type not implemented: TLS 1.3 has tls-exporter (RFC 9266)"
+            )
+        return self._tls.export(b"EXPORTER-Channel-Binding", 32) if self._tls is not None else None
+
+    # --- waiting: the one place
+
+    def _pump(self, operation: Callable[[TLSConnection], _T], deadline: float | None, what: str) -> _T:
+        """Run a TLS operation until it succeeds, waiting for the socket in between."""
+        while True:
+            try:
+                with self._lock:
+                    if self._tls is None:
+                        raise OSError(9, "Bad file descriptor: the TLS connection has been closed")
+                    return operation(self._tls)
+            except ssl.SSLWantReadError:
+                if self._timeout == 0.0:
+                    raise
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                if self._timeout == 0.0:
+                    raise
+                event = select.POLLOUT
+            self._wait(event, deadline, what)
+
+    def _wait(self, event: int, deadline: float | None, what: str) -> None:
+        poll = select.poll()
+        poll.register(self.fileno(), event)
+        remaining = None if deadline is None else deadline - time.monotonic()
+        if (remaining is not None and remaining <= 0) or not poll.poll(
+            None if remaining is None else remaining * 1000
+        ):
+            raise TimeoutError(f"The {what} operation timed out")
+
+    def _deadline(self) -> float | None:
+        return None if self._timeout is None else time.monotonic() + self._timeout
+
+    # --- handshake
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Shake hands, unless done already; asks the key manager in this thread."""
+        if not self._connected:
+            raise OSError(107, "Transport endpoint is not connected")
+        saved, self._timeout = self._timeout, None if block and self._timeout == 0.0 else self._timeout
+        deadline = self._deadline()
+        try:
+            while self._info is None:
+                try:
+                    self._handshake_step()
+                except ssl.SSLWantReadError:
+                    if self._timeout == 0.0:
+                        raise
+                    self._wait(select.POLLIN, deadline, "handshake")
+                except ssl.SSLWantWriteError:
+                    if self._timeout == 0.0:
+                        raise
+                    self._wait(select.POLLOUT, deadline, "handshake")
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except BaseException:
+            if self._engine is not None:
+                self._engine.abort()
+                self._unsent += self._engine.data_to_send()
+                # The peer should learn why, if it still listens.
+                with contextlib.suppress(OSError):
+                    self._flush()
+            raise
+        finally:
+            self._timeout = saved
+
+    def _handshake_step(self) -> None:
+        engine = self._engine
+        if engine is None:
+            raise OSError(9, "Bad file descriptor: the connection has been closed")
+        self._unsent += engine.data_to_send()
+        self._flush()
+        action = engine.next_action()
+        if isinstance(action, NeedData):
+            try:
+                engine.receive_data(socket.socket.recv(self, _CHUNK))
+            except BlockingIOError:
+                raise ssl.SSLWantReadError(
+                    ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)"
+                ) from None
+        elif isinstance(action, Established):
+            self._establish(engine, action.info)
+        else:
+            manager = self._context.key_manager
+            assert manager is not None
+            engine.keys(fetch_keys(action, manager))
+
+    def _flush(self) -> None:
+        while self._unsent:
+            try:
+                sent = socket.socket.send(self, self._unsent)
+            except BlockingIOError:
+                raise ssl.SSLWantWriteError(
+                    ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)"
+                ) from None
+            del self._unsent[:sent]
+
+    def _establish(self, engine: Engine, info: QKDInfo) -> None:
+        tls = engine.connection
+        # What came with the last flight is decrypted now, so that nothing is left in memory when OpenSSL takes over
+        # the socket. Its error, if any, is for the first read.
+        try:
+            while True:
+                self._decrypted += tls.read(_CHUNK)
+        except ssl.SSLWantReadError:
+            pass
+        except OSError as error:
+            self._late_error = error
+        self._unsent += tls.take()
+        tls.attach(self.fileno())
+        self._peer_certificate = engine.peer_certificate
+        self._engine, self._tls, self._info = None, tls, info
+        self._warn(info)
+
+    def _warn(self, info: QKDInfo) -> None:
+        if info.fallback is not None:
+            warnings.warn(
+                f"no QKD key protects this connection: {info.fallback}", QKDFallbackWarning, stacklevel=5
+            )
+        if info.group not in ML_KEM_GROUPS:
+            warnings.warn(
+                f"the key exchange of this connection is {info.group}, which has no ML-KEM"
+                + (f"; {info.kem} is mixed in beside it" if info.kem else ""),
+                ClassicalGroupWarning,
+                stacklevel=5,
+            )
+
+    def _ready(self) -> None:
+        """Shake hands where a program reads or writes first, as OpenSSL does."""
+        if self._info is None:
+            self.do_handshake()
+        if self._unsent:
+            self._flush()
+
+    # --- reading
+
+    def read(self, len: int = 1024, buffer: bytearray | memoryview | None = None) -> bytes | int:
+        """Read up to `len` bytes and return them, or read into `buffer` and return how many."""
+        if buffer is not None:
+            return self.recv_into(buffer, len)
+        return self.recv(len)
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """At least one byte, at most `buflen`; empty at the end of the stream."""
+        _no_flags(flags, "recv")
+        if buflen < 0:
+            raise ValueError("negative buffersize in recv")
+        buffer = bytearray(min(buflen, 1 << 24))
+        size = self.recv_into(buffer)
+        return bytes(memoryview(buffer)[:size])
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        """Fill the buffer with at least one byte; returns how many, 0 at the end of the stream."""
+        _no_flags(flags, "recv_into")
+        if nbytes is not None and nbytes < 0:
+            raise ValueError("negative buffersize in recv_into")
+        target = memoryview(buffer).cast("B")
+        if nbytes:
+            target = target[:nbytes]
+        if not len(target):
+            return 0
+        self._ready()
+        if self._decrypted:
+            return self._take_decrypted(target)
+        try:
+            if self._late_error is not None:
+                error, self._late_error = self._late_error, None
+                raise error
+            return self._pump(lambda tls: tls.read_into(target), self._deadline(), "read")
+        except ssl.SSLZeroReturnError:
+            return 0
+        except ssl.SSLEOFError:
+            if self.suppress_ragged_eofs:
+                return 0
+            raise
+
+    def _take_decrypted(self, target: memoryview) -> int:
+        size = min(len(target), len(self._decrypted))
+        target[:size] = self._decrypted[:size]
+        del self._decrypted[:size]
+        return size
+
+    def pending(self) -> int:
+        """Bytes that can be read without waiting for the peer."""
+        if self._tls is None:
+            return 0
+        return len(self._decrypted) + self._tls.pending
+
+    # --- writing
+
+    def write(self, data: Any) -> int:
+        """As `send`."""
+        return self.send(data)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send at least one byte; returns how many."""
+        _no_flags(flags, "send")
+        view = memoryview(data).cast("B")
+        self._ready()
+        if not len(view):
+            return 0
+        return self._pump(lambda tls: tls.write(view), self._deadline(), "write")
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send everything, within one timeout."""
+        _no_flags(flags, "sendall")
+        view = memoryview(data).cast("B")
+        self._ready()
+        deadline = self._deadline()
+        sent = 0
+        while sent < len(view):
+            rest = view[sent:]
+            sent += self._pump(lambda tls: tls.write(rest), deadline, "write")  # noqa: B023 - runs at once
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a file through TLS; returns the number of bytes sent."""
+        return self._sendfile_use_send(file, offset, count)  # type: ignore[attr-defined,no-any-return]
+
+    # --- closing
+
+    def shutdown(self, how: int) -> None:
+        """Close one direction or both of the transport; a write direction says close_notify first."""
+        if how != socket.SHUT_RD:
+            self._say_goodbye()
+        socket.socket.shutdown(self, how)
+
+    def unwrap(self) -> socket.socket:
+        """End TLS in both directions; returns the plain socket, and this object is closed."""
+        self._ready()
+        deadline = self._deadline()
+        while not self._pump(lambda tls: tls.shutdown(), deadline, "unwrap"):
+            # Ours is out; now wait for the peer's. Data that it still sends is not for the plain socket.
+            with contextlib.suppress(ssl.SSLZeroReturnError):
+                self._pump(lambda tls: tls.read(_CHUNK), deadline, "unwrap")
+        plain = socket.socket(fileno=self.detach())
+        plain.settimeout(self._timeout)
+        return plain
+
+    def detach(self) -> int:
+        """Give away the file descriptor without a word to the peer."""
+        with self._lock:
+            self._tls = self._engine = None
+        return socket.socket.detach(self)
+
+    def _real_close(self) -> None:
+        # `close` ends here, once all files that `makefile` made are closed too.
+        self._say_goodbye()
+        with self._lock:
+            self._tls = None
+            if self._engine is not None:
+                self._engine.abort()
+                self._engine = None
+        super()._real_close()  # type: ignore[misc]
+
+    def _say_goodbye(self) -> None:
+        with self._lock:
+            if self._tls is not None:
+                # One try: closing does not wait for a peer that has stopped reading.
+                with contextlib.suppress(OSError):
+                    self._tls.shutdown()
+
+    # --- timeouts: kept here, the file descriptor stays non-blocking
+
+    @property
+    def timeout(self) -> float | None:
+        """As `gettimeout`."""
+        return self._timeout
+
+    def gettimeout(self) -> float | None:
+        """Seconds an operation may take, None without limit, 0.0 non-blocking."""
+        return self._timeout
+
+    def settimeout(self, value: float | None) -> None:
+        """Set the limit in seconds for each later operation."""
+        if value is not None and value < 0:
+            raise ValueError("Timeout value out of range")
+        self._timeout = None if value is None else float(value)
+        if not self._connected:
+            socket.socket.settimeout(self, value)
+
+    def getblocking(self) -> bool:
+        """Whether operations wait."""
+        return self._timeout != 0.0
+
+    def setblocking(self, flag: bool) -> None:
+        """`settimeout(None)` or `settimeout(0)`."""
+        self.settimeout(None if flag else 0.0)
+
+    # --- connecting and accepting
+
+    def connect(self, address: Any) -> None:
+        """Connect and, unless do_handshake_on_connect is off, shake hands."""
+        if self.server_side:
+            raise ValueError("can't connect in server-side mode")
+        if self._connected:
+            raise ValueError("attempt to connect already-connected QKDSocket!")
+        socket.socket.connect(self, address)
+        self._start(self._context.new_engine(server_side=False, server_hostname=self.server_hostname))
+        if self.do_handshake_on_connect:
+            self.do_handshake()
+
+    def connect_ex(self, address: Any) -> int:
+        """As `connect`, with an error number for connection errors."""
+        try:
+            self.connect(address)
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            if error.errno is None:
+                raise
+            return error.errno
+        return 0
+
+    def accept(self) -> tuple[QKDSocket, Any]:
+        """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
+        plain, address = super().accept()
+        try:
+            wrapped = self._context.wrap_socket(
+                plain,
+                server_side=True,
+                do_handshake_on_connect=self.do_handshake_on_connect,
+                suppress_ragged_eofs=self.suppress_ragged_eofs,
+            )
+        except BaseException:
+            plain.close()
+            raise
+        return wrapped, address
+
+    # --- what would put plaintext on the wire, or cannot be
+
+    def sendto(self, *_: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("sendto")
+
+    def sendmsg(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("sendmsg")
+
+    def sendmsg_afalg(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed."""
+        _not_allowed("sendmsg_afalg")
+
+    def recvfrom(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("recvfrom")
+
+    def recvfrom_into(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("recvfrom_into")
+
+    def recvmsg(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("recvmsg")
+
+    def recvmsg_into(self, *_: Any, **__: Any) -> NoReturn:
+        """Not allowed, as in the standard library."""
+        _not_allowed("recvmsg_into")
+
+    def dup(self) -> NoReturn:
+        """Not possible: two sockets cannot share one TLS connection."""
+        raise NotImplementedError("Can't dup() QKDSocket instances")
+
+    def verify_client_post_handshake(self) -> NoReturn:
+        """Not implemented: client certificates are asked for in the bootstrap."""
+        raise NotImplementedError(
+            "set verify_mode on the server: it asks for the certificate in the bootstrap"
+        )
+
+
+def _no_flags(flags: int, name: str) -> None:
+    if flags != 0:
+        raise ValueError(f"non-zero flags not allowed in calls to {name}() on QKDSocket")
+
+
+def _not_allowed(name: str) -> NoReturn:
+    raise ValueError(f"{name} not allowed on instances of QKDSocket")
