@@ -221,7 +221,7 @@ def encode(message: Message) -> bytes:
             }
             if message.kem_ciphertext is not None:
                 members["kem"] = {"ct": _base64(message.kem_ciphertext)}
-        case Reject():
+        case _:
             kind = "reject"
             members = {
                 "code": message.code,

@@ -1,0 +1,325 @@
+"""The ClientHello parser: on real ones, cut and damaged at every place, and on anything at all."""
+
+from __future__ import annotations
+
+import random
+import ssl
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from OpenSSL import SSL
+
+from qkd_tls.client_hello import (
+    ClientHello,
+    ClientHelloError,
+    group_names,
+    parse_client_hello,
+    read_handshake_message,
+)
+
+
+def v8(*parts: bytes) -> bytes:
+    return len(b"".join(parts)).to_bytes(1, "big") + b"".join(parts)
+
+
+def v16(*parts: bytes) -> bytes:
+    return len(b"".join(parts)).to_bytes(2, "big") + b"".join(parts)
+
+
+def v24(*parts: bytes) -> bytes:
+    return len(b"".join(parts)).to_bytes(3, "big") + b"".join(parts)
+
+
+def extension(kind: int, data: bytes) -> bytes:
+    return kind.to_bytes(2, "big") + v16(data)
+
+
+def hello(*extensions: bytes, tail: bytes | None = None) -> bytes:
+    """A ClientHello with these extensions, or with `tail` instead of the extensions block."""
+    start = b"\x03\x03" + bytes(32) + v8(bytes(32)) + v16(b"\x13\x02\x13\x01") + v8(b"\0")
+    return b"\x01" + v24(start, v16(*extensions) if tail is None else tail)
+
+
+def record(data: bytes) -> bytes:
+    return b"\x16\x03\x01" + v16(data)
+
+
+def records(message: bytes, size: int = 16384) -> bytes:
+    return b"".join(record(message[i : i + size]) for i in range(0, len(message), size))
+
+
+def sni(*names: tuple[int, bytes]) -> bytes:
+    return extension(0, v16(*(bytes([kind]) + v16(name) for kind, name in names)))
+
+
+def psk(identities: list[bytes], binders: list[bytes]) -> bytes:
+    return extension(41, v16(*(v16(identity) + bytes(4) for identity in identities)) + v16(*map(v8, binders)))
+
+
+def stdlib_stream(server_name: str | None, alpn: list[str]) -> bytes:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    if alpn:
+        context.set_alpn_protocols(alpn)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(incoming, outgoing, server_hostname=server_name).do_handshake()
+    return outgoing.read()
+
+
+def openssl_stream(configure: Callable[[SSL.Context], None] = lambda _: None) -> bytes:
+    context = SSL.Context(SSL.TLS_METHOD)
+    configure(context)
+    connection = SSL.Connection(context)
+    connection.set_connect_state()
+    with pytest.raises(SSL.WantReadError):
+        connection.do_handshake()
+    return connection.bio_read(65536)
+
+
+def only_tls12(context: SSL.Context) -> None:
+    context.set_max_proto_version(SSL.TLS1_2_VERSION)
+
+
+def parsed(stream: bytes) -> ClientHello:
+    found = read_handshake_message(stream)
+    assert found is not None
+    message, taken = found
+    assert taken == len(stream)
+    return parse_client_hello(message)
+
+
+STREAMS = {
+    "stdlib": stdlib_stream(None, []),
+    "stdlib, SNI": stdlib_stream("server.example", []),
+    "stdlib, SNI, ALPN": stdlib_stream("server.example", ["qkd-tls/1", "h2"]),
+    "pyOpenSSL": openssl_stream(),
+    "pyOpenSSL, ALPN": openssl_stream(lambda context: context.set_alpn_protos([b"http/1.1"])),
+    "pyOpenSSL, TLS 1.2": openssl_stream(only_tls12),
+    "PSK": records(
+        hello(
+            sni((0, b"server.example")),
+            extension(43, v8(b"\x03\x04")),
+            extension(45, v8(b"\x01")),
+            psk([b"qkd1.x", b"another"], [bytes(48), bytes(32)]),
+        ),
+        100,
+    ),
+}
+every_stream = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+
+
+class TestRealClients:
+    def test_standard_library(self) -> None:
+        result = parsed(STREAMS["stdlib, SNI, ALPN"])
+        assert result.server_name == "server.example"
+        assert result.alpn == (b"qkd-tls/1", b"h2")
+        assert result.psk_identities == ()
+        assert result.versions[0] == 0x0304
+        assert result.psk_modes == (1,)
+        assert set(result.key_share_groups) <= set(result.groups)
+
+    def test_without_sni_and_alpn(self) -> None:
+        result = parsed(STREAMS["stdlib"])
+        assert (result.server_name, result.alpn) == (None, ())
+
+    def test_pyopenssl(self) -> None:
+        result = parsed(STREAMS["pyOpenSSL, ALPN"])
+        assert result.alpn == (b"http/1.1",)
+        # OpenSSL 3.5 and newer send this share by default, which also makes the message a long one.
+        assert 4588 in result.key_share_groups
+        assert "X25519MLKEM768" in group_names(result.groups)
+
+    def test_tls_1_2(self) -> None:
+        result = parsed(STREAMS["pyOpenSSL, TLS 1.2"])
+        assert result.versions == (0x0303,)
+        assert result.key_share_groups == ()
+        assert result.psk_modes == ()
+
+    def test_psk(self) -> None:
+        result = parsed(STREAMS["PSK"])
+        assert result.psk_identities == (b"qkd1.x", b"another")
+        assert result.psk_modes == (1,)
+        assert result.versions == (0x0304,)
+        assert result.server_name == "server.example"
+
+
+class TestReading:
+    @every_stream
+    def test_cut_anywhere(self, stream: bytes) -> None:
+        for end in range(len(stream)):
+            assert read_handshake_message(stream[:end]) is None
+
+    @every_stream
+    @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 100, 16384])
+    def test_any_record_size(self, stream: bytes, size: int) -> None:
+        whole = read_handshake_message(stream)
+        assert whole is not None
+        message, _ = whole
+        split = records(message, size)
+        if len(message) > 256 * size:
+            with pytest.raises(ClientHelloError, match="more than 256 records"):
+                read_handshake_message(split)
+        else:
+            assert read_handshake_message(bytearray(split)) == (message, len(split))
+
+    @every_stream
+    def test_what_follows_is_left(self, stream: bytes) -> None:
+        assert read_handshake_message(stream + b"\x17\x03\x03next") == read_handshake_message(stream)
+
+    @pytest.mark.parametrize(
+        ("stream", "reason"),
+        [
+            (b"G", "not TLS: a record of type 71"),
+            (b"\x80", "not TLS: a record of type 128"),
+            (b"\x15", "record of type 21"),
+            (b"\x17", "record of type 23"),
+            (b"\x16\x02", "major version 2"),
+            (b"\x16\x03\x01\0\0", "record of 0 bytes"),
+            (b"\x16\x03\x01\x40\x01", "record of 16385 bytes"),
+            (b"\x16\x03\x01\0\x05\x02", "message of type 2"),
+            (b"\x16\x03\x01\0\x05\x01\0\xff\xfc", "ClientHello of 65536 bytes"),
+            (b"\x16\x03\x01\0\x05\x01\0\0\0", "goes on after the ClientHello"),
+            (record(hello() + b"\0")[:9], "goes on after the ClientHello"),
+            (record(hello()[:20]) + record(hello()[20:] + b"\0")[:5], "goes on after the ClientHello"),
+            (record(hello()[:20]) + b"\x14", "record of type 20"),
+            (record(hello()[:20]) + b"\x16\x03\x03\0\0", "record of 0 bytes"),
+            (records(hello(extension(21, bytes(500))), 1)[: 6 * 256], "more than 256 records"),
+        ],
+    )
+    def test_refused_as_early_as_possible(self, stream: bytes, reason: str) -> None:
+        with pytest.raises(ClientHelloError, match=reason):
+            read_handshake_message(stream)
+        assert read_handshake_message(stream[:-1]) is None
+
+    def test_longest(self) -> None:
+        longest = hello(extension(21, bytes(65535 - len(hello()) - 4)))
+        assert len(longest) == 65535
+        assert read_handshake_message(records(longest)) == (longest, 65535 + 4 * 5)
+        assert parse_client_hello(longest).server_name is None
+
+    def test_nothing_yet(self) -> None:
+        assert read_handshake_message(b"") is None
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, data: bytes) -> None:
+        try:
+            found = read_handshake_message(data)
+        except ClientHelloError:
+            return
+        assert found is None or found[1] <= len(data)
+
+
+class TestParsing:
+    @every_stream
+    def test_cut_anywhere(self, stream: bytes) -> None:
+        found = read_handshake_message(stream)
+        assert found is not None
+        message, _ = found
+        for end in range(len(message)):
+            with pytest.raises(ClientHelloError):
+                parse_client_hello(message[:end])
+            # The same with the length set right, so that what is inside is cut.
+            if end >= 4:
+                try_to_parse(b"\x01" + v24(message[4:end]))
+
+    @every_stream
+    def test_damaged_anywhere(self, stream: bytes) -> None:
+        found = read_handshake_message(stream)
+        assert found is not None
+        chance = random.Random(1)
+        for position in range(len(found[0])):
+            damaged = bytearray(found[0])
+            damaged[position] = chance.choice([0, 1, 0xFF, damaged[position] ^ 1])
+            try_to_parse(bytes(damaged))
+
+    @given(st.binary(max_size=300))
+    def test_any_bytes(self, data: bytes) -> None:
+        try_to_parse(data)
+        try_to_parse(b"\x01" + v24(data))
+        try_to_parse(hello(tail=data))
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from([0, 10, 13, 16, 41, 43, 45, 51]), st.binary(max_size=40)), max_size=4
+        )
+    )
+    def test_any_extensions(self, extensions: list[tuple[int, bytes]]) -> None:
+        try_to_parse(hello(*(extension(kind, data) for kind, data in extensions)))
+
+    def test_without_extensions(self) -> None:
+        for tail in (b"", b"\0\0"):
+            result = parse_client_hello(hello(tail=tail))
+            assert result == ClientHello(None, (), (), (), (), (0x0303,), ())
+
+    def test_empty_key_share_asks_for_a_retry(self) -> None:
+        assert parse_client_hello(hello(extension(51, v16()))).key_share_groups == ()
+
+    def test_names_of_other_types_are_skipped(self) -> None:
+        assert parse_client_hello(hello(sni((1, b"\xff"), (0, b"a.example")))).server_name == "a.example"
+        assert parse_client_hello(hello(sni((1, b"\xff")))).server_name is None
+
+    @pytest.mark.parametrize(
+        ("message", "reason"),
+        [
+            (b"", "handshake type is truncated"),
+            (b"\x02" + hello()[1:], "not a ClientHello"),
+            (hello() + b"\0", "bytes after the end of ClientHello"),
+            (hello(tail=b"\0\0\0"), "bytes after the end of ClientHello"),
+            (hello(tail=b"\0"), "extensions is truncated"),
+            (b"\x01" + v24(b"\x03\x03", bytes(32), v8(bytes(33))), "legacy_session_id longer"),
+            (b"\x01" + v24(b"\x03\x03", bytes(32), v8(), v16()), "cipher_suites has 0 bytes"),
+            (b"\x01" + v24(b"\x03\x03", bytes(32), v8(), v16(bytes(3))), "cipher_suites has 3 bytes"),
+            (b"\x01" + v24(b"\x03\x03", bytes(32), v8(), v16(bytes(2)), v8()), "compression_methods has 0"),
+            (hello(extension(5, b""), extension(5, b"")), "extension 5 appears twice"),
+            (hello(psk([b"x"], [bytes(32)]), extension(5, b"")), "pre_shared_key is not the last"),
+            (hello(psk([b"x"], [bytes(32)]), psk([b"x"], [bytes(32)])), "pre_shared_key is not the last"),
+            (hello(psk([], [])), "empty list"),
+            (hello(psk([b""], [bytes(32)])), "empty identity"),
+            (hello(psk([b"x"], [])), "1 PSK identities but 0 binders"),
+            (hello(psk([b"x"], [bytes(32)] * 2)), "1 PSK identities but 2 binders"),
+            (hello(psk([b"x"], [bytes(31)])), "shorter than 32"),
+            (hello(extension(41, v16(v16(b"x") + bytes(3)) + v16(v8(bytes(32))))), "age is truncated"),
+            (
+                hello(extension(41, v16(v16(b"x"), bytes(4)) + v16(v8(bytes(32))) + b"\0")),
+                "end of pre_shared",
+            ),
+            (hello(extension(0, b"")), "server_name is truncated"),
+            (hello(extension(0, v16())), "server_name is empty"),
+            (hello(extension(0, v16(b"\0" + v16(b"a")) + b"\0")), "after the end of server_name"),
+            (hello(sni((0, b"a"), (0, b"b"))), "two host names"),
+            (hello(sni((0, b""))), "not a host name"),
+            (hello(sni((0, b"a\0b"))), "not a host name"),
+            (hello(sni((0, "é.example".encode()))), "not a host name"),
+            (hello(extension(16, v16())), "ALPN has an empty list"),
+            (hello(extension(16, v16(v8()))), "empty name"),
+            (hello(extension(16, v16(v8(b"h2")) + b"\0")), "after the end of ALPN"),
+            (hello(extension(10, v16())), "supported_groups has 0 bytes"),
+            (hello(extension(10, v16(b"\0"))), "supported_groups has 1 bytes"),
+            (hello(extension(10, v16(b"\0\x1d") + b"\0")), "after the end of supported_groups"),
+            (hello(extension(43, v8())), "supported_versions has 0 bytes"),
+            (hello(extension(45, v8())), "psk_key_exchange_modes has 0 bytes"),
+            (hello(extension(51, v16(b"\0\x1d", v16()))), "empty share"),
+            (hello(extension(51, v16(b"\0\x1d", v16(b"x")) + b"\0")), "after the end of key_share"),
+        ],
+    )
+    def test_named(self, message: bytes, reason: str) -> None:
+        with pytest.raises(ClientHelloError, match=reason):
+            parse_client_hello(message)
+
+
+def try_to_parse(message: bytes) -> None:
+    """Parse it or raise ClientHelloError, nothing else."""
+    try:
+        result = parse_client_hello(message)
+    except ClientHelloError:
+        return
+    assert isinstance(result, ClientHello)
+
+
+def test_group_names() -> None:
+    assert group_names([4588, 29, 23]) == "X25519MLKEM768, x25519, secp256r1"
+    assert group_names([0x0A0A]) == "0x0a0a"
+    assert group_names([]) == "none"
