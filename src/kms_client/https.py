@@ -263,24 +263,21 @@ class _DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket) -> None:
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
-        timeout = sock.gettimeout()
-        self._deadline = time.monotonic() + timeout if timeout is not None else None
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        if self._deadline is not None:
-            remaining = self._deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError("timed out")
-            self._sock.settimeout(remaining)
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(remaining)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
-        if not self.closed:
-            self._raw.close()
-            super().close()
+        self._raw.close()
+        super().close()
 
 
 class _Response(http.client.HTTPResponse):
@@ -292,6 +289,13 @@ class _Response(http.client.HTTPResponse):
 
 class _Connection(HTTPSConnection):
     response_class = _Response
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except TimeoutError:
+            # In the TLS handshake; urllib3 would take it for a request without an answer.
+            raise urllib3.exceptions.ConnectTimeoutError(self, "the TLS handshake timed out") from None
 
 
 class _Pool(urllib3.HTTPSConnectionPool):
