@@ -1,0 +1,134 @@
+"""`requests` over hybrid connections: `session.mount("https://", QKDAdapter(context))`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Final
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPSConnection
+
+from qkd_tls.context import QKDContext
+from qkd_tls.errors import QKDError
+from qkd_tls.info import QKDInfo
+from qkd_tls.socket import QKDSocket
+
+__all__ = ["QKDAdapter", "qkd_info"]
+
+# `requests` gives the adapter what these say as if the program had said it.
+_CA_BUNDLE_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+class QKDAdapter(HTTPAdapter):
+    """Sends the requests of a session over connections of a `QKDContext`.
+
+    All TLS settings are the context's: the CAs that it has loaded are trusted and no others (neither those that come
+    with `requests` nor those that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name), and its certificate is presented.
+
+    Args:
+        context: of a client.
+        options: keyword arguments of `requests.adapters.HTTPAdapter`.
+
+    A request raises:
+        ValueError: `verify` or `cert` was given to the request or the session.
+        requests.exceptions.SSLError: as always; where a QKD key was the reason, its `__cause__` is the `QKDError`,
+            and its text is that error's.
+        NotImplementedError: the proxy itself is reached over TLS. Proxies that are reached over HTTP work.
+    """
+
+    def __init__(self, context: QKDContext, **options: Any) -> None:
+        self._context = context
+        super().__init__(**options)
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        """Called by `HTTPAdapter`."""
+        super().init_poolmanager(*args, ssl_context=self._context, **options)
+        _use_qkd_pools(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        """Called by `HTTPAdapter`."""
+        manager = super().proxy_manager_for(proxy, ssl_context=self._context, **options)
+        _use_qkd_pools(manager)
+        return manager
+
+    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
+        """Called by `HTTPAdapter`: where to connect to; nothing about TLS, which the context decides."""
+        host, _ = super().build_connection_pool_key_attributes(request, True, None)
+        return host, {}
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        """Called by `HTTPAdapter`, which would load the CA certificates that come with `requests`."""
+
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = False,
+        timeout: Any = None,
+        verify: Any = True,
+        cert: Any = None,
+        proxies: Any = None,
+    ) -> requests.Response:
+        """Called by `requests.Session`; see the class for what it raises."""
+        if verify is not True and verify not in map(os.environ.get, _CA_BUNDLE_VARIABLES):
+            raise ValueError(
+                f"verify={verify!r} has no effect on a hybrid connection: configure the context instead, with its"
+                " load_verify_locations()"
+            )
+        if cert:
+            raise ValueError(
+                f"cert={cert!r} has no effect on a hybrid connection: configure the context instead, with its"
+                " load_cert_chain()"
+            )
+        try:
+            return super().send(request, stream=stream, timeout=timeout, proxies=proxies)
+        except requests.exceptions.SSLError as error:
+            cause = next((link for link in _causes(error) if isinstance(link, QKDError)), None)
+            if cause is None:
+                raise
+            raise requests.exceptions.SSLError(cause, request=request) from cause
+
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
+        """Called by `HTTPAdapter`: notes what protected the connection while it is at hand."""
+        response = super().build_response(req, resp)
+        response.qkd = getattr(resp.connection, "qkd", None)  # type: ignore[attr-defined]
+        return response
+
+
+def qkd_info(response: requests.Response) -> QKDInfo:
+    """What protected the connection that this response came over.
+
+    Raises ValueError where it did not come over a `QKDAdapter` and TLS.
+    """
+    info = getattr(response, "qkd", None)
+    if not isinstance(info, QKDInfo):
+        raise ValueError(f"the response from {response.url} did not come over a hybrid connection's context")
+    return info
+
+
+class _QKDConnection(HTTPSConnection):
+    """Keeps what protected it: `http.client` lets go of the socket at once where the server closes it afterwards."""
+
+    qkd: QKDInfo | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        self.qkd = self.sock.qkd if isinstance(self.sock, QKDSocket) else None
+
+
+class _QKDConnectionPool(HTTPSConnectionPool):
+    ConnectionCls = _QKDConnection
+
+
+def _use_qkd_pools(manager: PoolManager) -> None:
+    manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": _QKDConnectionPool}
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to an error: urllib3 and requests keep it in `args` and in `reason`."""
+    yield error
+    for inner in (*error.args, getattr(error, "reason", None)):
+        if isinstance(inner, BaseException):
+            yield from _causes(inner)
