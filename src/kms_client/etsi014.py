@@ -45,7 +45,8 @@ _SAYS_UNKNOWN_KEY = re.compile(
 )
 _SAYS_UNKNOWN_SAE = re.compile(r"\bsae\b.*\b(not found|unknown|not exist|not registered)|\bunknown sae", re.I)
 _SAYS_NO_KEYS = re.compile(
-    r"\b(not enough|insufficient|too few|no (more )?|out of|lack of)\b.*\bkeys?\b|\bkeys?\b.*\bexhausted",
+    r"\b(not enough|insufficient|too few|out of|no( more| further)?) (stored |available )?keys?\b(?! (size|id))"
+    r"|\bkeys? (pool |store )?(is |are )?(exhausted|depleted)",
     re.I,
 )
 
@@ -79,8 +80,8 @@ class Etsi014Client:
 
     No key request is ever sent twice. Repeating one costs keys: a KME that carried it out has taken the
     keys from its store, whether or not the answer arrived. A kept-alive connection that the KME has closed
-    is replaced before anything is sent. `status` takes no keys and is tried a second time when the
-    connection is lost.
+    is replaced before anything is sent. `status` takes no keys and is tried a second time when there was
+    no answer but a refused or lost connection.
 
     A delivered key passes through Python strings (its JSON and base64 text) which cannot be wiped; they are
     let go at once. The received body, the decoded copies and the `QKDKey` are wiped.
@@ -147,7 +148,7 @@ class Etsi014Client:
 
         Not idempotent: a repeated call gives other keys.
         """
-        size = size or self._size
+        size = self._size if size is None else size
         check_number_and_size(number, size)
         request = build_key_request(number, size)
         per_key = _BYTES_PER_ENTRY + (size // 4 if size else _UNASKED_KEY_BYTES)

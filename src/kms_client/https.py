@@ -82,7 +82,8 @@ class HTTPSClient:
             or parts.fragment
             or "@" in parts.netloc
         ):
-            raise ValueError(f"a KME's URL is https://host[:port][/prefix], not {shown(url)!r}")
+            # Not quoted: it might hold a password.
+            raise ValueError("a KME's URL is https://host[:port][/prefix], with no user, query or fragment")
         self.url = url.rstrip("/")
         self._credentials = (os.fspath(cert), os.fspath(key))
         self._ca = os.fspath(ca)
@@ -169,13 +170,16 @@ class HTTPSClient:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise self._protocol_error(f"the answer is encoded ({shown(encoding)}), unasked", response)
-            answer = Answer(response.status_code, bytearray())
-            while chunk := response.raw.read(_CHUNK, decode_content=False):
-                answer.body += chunk
-                if len(answer.body) > max_size:
-                    answer.body[:] = bytes(len(answer.body))
-                    raise self._protocol_error(f"the answer is larger than {max_size} bytes", response)
-        return answer
+            received = bytearray()
+            try:
+                while chunk := response.raw.read(_CHUNK, decode_content=False):
+                    received += chunk
+                    if len(received) > max_size:
+                        raise self._protocol_error(f"the answer is larger than {max_size} bytes", response)
+            except BaseException:
+                received[:] = bytes(len(received))
+                raise
+        return Answer(response.status_code, received)
 
     def _protocol_error(self, message: str, response: requests.Response) -> KMSProtocolError:
         return KMSProtocolError(message, kms=self.url, status=response.status_code)

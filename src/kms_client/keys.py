@@ -30,7 +30,7 @@ class QKDKey:
     Two keys are never equal, even with the same ID; a key cannot be copied or pickled.
     """
 
-    __slots__ = ("__weakref__", "_key_id", "_kms", "_secret", "_size", "_unused")
+    __slots__ = ("__weakref__", "_key_id", "_kms", "_size", "_unused")
 
     def __init__(self, key_id: str, secret: bytes | bytearray | memoryview, *, kms: str = "") -> None:
         """Copy the secret."""

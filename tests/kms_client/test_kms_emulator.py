@@ -30,6 +30,8 @@ from kms_client import (
     UnknownSAE,
 )
 from kms_client.emulator import Limits, OSRandomSource, RunningPair, add_sae, run_pair
+from kms_client.emulator.kme import _certificate_names
+from kms_client.emulator.link import DirectLink, LinkDown
 from kms_client.emulator.store import Assignment, KeyStore, NotFound
 
 
@@ -395,6 +397,53 @@ class TestStore:
         store.put("h", held, available=False)
         assert store.keep_only([]) == 1
         assert held == bytes(32)
+
+
+class TestDirectLink:
+    def test_the_other_end_down_or_without_the_key(self) -> None:
+        import asyncio
+
+        async def check() -> None:
+            stores = KeyStore(256, 5), KeyStore(256, 5)
+            link = DirectLink(OSRandomSource(), *stores)
+            await link.put(2)
+            assignment, _ = stores[0].take(256, "M", ["S"])
+            link.end_a.up = False
+            with pytest.raises(LinkDown):
+                await link.end_a.assign([assignment])
+            await link.put(2)
+            assert stores[0].available_count == 0
+            link.end_a.up = True
+            stores[1].keep_only([])
+            with pytest.raises(LinkDown):
+                await link.end_a.assign([assignment])
+
+        asyncio.run(check())
+
+    def test_keys_whose_assignment_failed_are_not_delivered(self, pair: RunningPair) -> None:
+        a = pair.client("a")
+        before = len(pair.deliveries)
+        gone = pair._pair.kmes["b"].store
+        held, gone._held = gone._held, type(gone._held)()
+        with pytest.raises(KMSUnavailable, match="link to KME-B is down"):
+            a.get_keys("SAE-B", 2)
+        gone._held = held
+        assert len(pair.deliveries) == before
+        a.close()
+
+
+class TestIdentity:
+    @pytest.mark.parametrize(
+        ("certificate", "names"),
+        [
+            ({}, set()),
+            ({"subject": ((("commonName", "A"),), (("organizationName", "O"),))}, {"A"}),
+            ({"subjectAltName": (("URI", "urn:sae:A%20B"), ("IP Address", "1.2.3.4"))}, {"A B"}),
+            ({"subjectAltName": (("URI", "sae://A"), ("DNS", "a.example"))}, {"sae://A", "a.example"}),
+        ],
+    )
+    def test_names_in_a_certificate(self, certificate: Any, names: set[str]) -> None:
+        assert _certificate_names(certificate) == names
 
 
 class TestSource:

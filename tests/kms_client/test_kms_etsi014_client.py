@@ -61,7 +61,8 @@ def closed_port() -> Iterator[int]:
 class TestRightAnswers:
     def test_requests_and_keys(self, pki: DemoPKI) -> None:
         with scripted(pki, http(200, container((ID, KEY), (OTHER, KEY2)))) as (client, server):
-            assert isinstance(client, KeyManager)
+            manager: KeyManager = client  # for the type checker
+            assert isinstance(manager, KeyManager)
             assert (client.protocol, client.sae_id) == ("etsi-014", "SAE-A")
             assert repr(client) == f"<Etsi014Client {client.name} sae_id=SAE-A>"
             keys = client.get_keys("SAE/B ü", 2)
@@ -121,6 +122,7 @@ ERRORS: list[tuple[int, str, Kind, Kind, Kind]] = [
     (400, '{"message": "size shall be a multiple of 8"}', KMSRequestError, KMSRequestError, KMSRequestError),
     (400, '{"message": "SAE not found"}', UnknownSAE, UnknownSAE, UnknownSAE),
     (400, '{"message": "not enough keys"}', KMSRequestError, NoKeysLeft, KMSRequestError),
+    (400, '{"message": "no such key size"}', KMSRequestError, KMSRequestError, KMSRequestError),
     (400, "", KMSRequestError, KMSRequestError, KMSRequestError),
     (401, "<html>no</html>", KMSAuthenticationError, KMSAuthenticationError, KMSAuthenticationError),
     (401, '{"error": "unknown key"}', KMSAuthenticationError, KMSAuthenticationError, UnknownKey),
@@ -472,8 +474,9 @@ class TestArguments:
         client = client_of(pki, "https://kme")
         with pytest.raises(ValueError, match="number of keys"):
             client.get_keys("SAE-B", 0)
-        with pytest.raises(ValueError, match="key size"):
-            client.get_keys("SAE-B", 1, 12)
+        for size in (0, 12, -8):
+            with pytest.raises(ValueError, match="key size"):
+                client.get_keys("SAE-B", 1, size)
         with pytest.raises(ValueError, match="key ID"):
             client.get_keys_by_id("SAE-B", [])
         with pytest.raises(ValueError, match="key size"):

@@ -249,7 +249,8 @@ class TestLocalKeyManager:
 
     def test_pair_makes_keys_on_demand(self) -> None:
         a, b = LocalKeyManager.pair("A", "B", key_size=128)
-        assert isinstance(a, KeyManager)
+        manager: KeyManager = a  # for the type checker
+        assert isinstance(manager, KeyManager)
         assert a.status("B").stored_key_count > 0
         for master, slave, number, size, bits in ((a, b, 1, 256, 256), (b, a, 3, None, 128)):
             ours = master.get_keys(slave.sae_id, number, size)

@@ -211,8 +211,7 @@ class _Authority:
     @classmethod
     def load(cls, stem: Path) -> _Authority:
         key = serialization.load_pem_private_key(stem.with_suffix(".key").read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise TypeError(f"{stem}.key is not an ECDSA key")
+        assert isinstance(key, ec.EllipticCurvePrivateKey)  # as new() has written it
         return cls(key, x509.load_pem_x509_certificate(stem.with_suffix(".pem").read_bytes()))
 
     def issue(
