@@ -85,7 +85,11 @@ def _fit_readme(_app: Any, path: Path, _parent: str, content: list[str]) -> None
 def _split_sections(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Read "Args:" and "Raises:". As an extension, napoleon takes "Name: ..." under an attribute for a type."""
     if what not in ("attribute", "data", "property"):
-        config = Config(napoleon_numpy_docstring=False, napoleon_use_ivar=True)
+        config = Config(
+            napoleon_numpy_docstring=False,
+            napoleon_use_ivar=True,
+            napoleon_custom_sections=[("A request raises", "params_style")],
+        )
         lines[:] = GoogleDocstring(lines, config, app, what, name, obj, options).lines()
 
 
