@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.util import inspect
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "src"))
@@ -93,7 +94,18 @@ def _split_sections(app: Any, what: str, name: str, obj: Any, options: Any, line
         lines[:] = GoogleDocstring(lines, config, app, what, name, obj, options).lines()
 
 
+def _init_signature(
+    _app: Any, what: str, _name: str, obj: Any, _options: Any, signature: str | None, _returns: Any
+) -> tuple[str, None] | None:
+    """Where `__new__` passes everything on ("**_"), show what `__init__` takes."""
+    if what != "class" or "**_" not in (signature or ""):
+        return None
+    taken = inspect.signature(obj.__init__, bound_method=True)
+    return inspect.stringify_signature(taken, unqualified_typehints=True), None
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _init_signature)
     app.connect("autodoc-process-docstring", _split_sections)
     app.connect("include-read", _fit_readme)
