@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 # Error texts decide only between kinds of refusal, never between an error and success.
 _SAYS_UNKNOWN_KEY = re.compile(
-    r"\bkeys?\b.*\b(not found|unknown|not exist|expired)|\b(unknown|no such) key", re.I
+    r"\bkeys?\b.*\b(not found|unknown|not exist|expired)|\b(unknown|no such) keys?\b(?! size)", re.I
 )
 _SAYS_UNKNOWN_SAE = re.compile(r"\bsae\b.*\b(not found|unknown|not exist|not registered)|\bunknown sae", re.I)
 _SAYS_NO_KEYS = re.compile(
