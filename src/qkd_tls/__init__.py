@@ -1,5 +1,7 @@
 """TLS 1.3 connections keyed by X25519, ML-KEM-768 and a QKD key, authenticated with X.509 certificates."""
 
+from importlib.metadata import version
+
 from qkd_tls.context import QKDContext, create_default_context
 from qkd_tls.errors import (
     ClassicalGroupWarning,
@@ -30,3 +32,5 @@ __all__ = [
     "QKDUnavailable",
     "create_default_context",
 ]
+
+__version__ = version("qkd-tls")
