@@ -1,0 +1,286 @@
+"""`qkd-tls demo` as a process, and what it does where things are not as they should be."""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import qkd_tls
+from qkd_tls import cli, demo
+from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
+
+# Where the tests were started in the background, SIGINT is ignored in all children: as from a terminal, it is not here.
+COMMAND = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from qkd_tls.cli import main; sys.exit(main(['demo']))"
+)
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_the_whole_demo(temporary_files: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "qkd_tls", "demo"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    rows = re.findall(
+        r"^ +(\d+)  (bootstrap|associated)(, announced key)? +X25519MLKEM768  TLS_AES_256_GCM_SHA384"
+        r"  ([0-9a-f]{8})\.\.   +\4\.\.   +(\d \+ \d) +\d+\.\d$",
+        result.stdout,
+        re.MULTILINE,
+    )
+    assert [int(row[0]) for row in rows] == list(range(1, 11))
+    assert [row[1] for row in rows] == ["bootstrap"] + 9 * ["associated"]
+    assert [row[4] for row in rows] == ["1 + 1"] + 3 * ["0 + 0"] + 6 * ["1 + 1"]
+    assert re.search(
+        r"require +refused with QKDUnavailable\n +no QKD key from https://127.0.0.1:\d+", result.stdout
+    )
+    assert re.search(r"prefer +connected, protection pq-only", result.stdout)
+    assert "FAILED" not in result.stdout
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    assert not list(temporary_files.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + 15), (signal.SIGHUP, 128 + 1)]
+)
+def test_it_stops_its_processes_where_it_is_stopped(temporary_files: Path, number: int, code: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "HTTPS server" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 3
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(20) == code
+    assert not any(child.is_running() for child in children)
+    assert not list(temporary_files.iterdir())
+
+
+def test_without_the_emulator_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'qkd-tls[emulator]'" in capsys.readouterr().err
+
+
+def test_a_failed_check_is_shown_and_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo._Demo, "run", lambda self: {"this": True, "that": False})
+    assert cli.main(["demo"]) == 1
+    out = capsys.readouterr().out
+    assert "ok      this" in out
+    assert "FAILED  that" in out
+    assert out.endswith("1 of 2 checks failed.\n")
+
+
+@pytest.mark.parametrize(("error", "code"), [(DemoError("KME A ended"), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_the_demo_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def fail(self: object) -> dict[str, bool]:
+        raise error
+
+    monkeypatch.setattr(demo._Demo, "run", fail)
+    assert cli.main(["demo"]) == code
+    assert capsys.readouterr().err in ("qkd-tls demo: KME A ended\n", "qkd-tls demo: interrupted\n")
+
+
+# --- the checks, on reports that are wrong in one place
+
+
+def qkd(number: int, **changes: Any) -> dict[str, Any]:
+    announced = 2 <= number <= 4
+    return {
+        "protection": "hybrid",
+        "group": "X25519MLKEM768",
+        "cipher": "TLS_AES_256_GCM_SHA384",
+        "path": "bootstrap" if number == 1 else "associated",
+        "key_id": f"key-{number}",
+        "announced": announced,
+        "kms_round_trips": 0 if announced else 1,
+        "fallback": None,
+    } | changes
+
+
+def reports() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    numbers = range(1, 11)
+    return (
+        [{"path": f"/{number}", "qkd": qkd(number), "ms": 1.0} for number in numbers],
+        [{"path": f"/{number}", "qkd": qkd(number), "port": 40000 + number} for number in numbers],
+    )
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[demo._Demo]:
+    with Processes(tmp_path) as processes:
+        yield demo._Demo(tmp_path, processes, demo._Page(io.StringIO()))
+
+
+def failed(stage: demo._Demo) -> list[str]:
+    return [check for check, passed in stage.checks.items() if not passed]
+
+
+def test_good_reports_pass(stage: demo._Demo) -> None:
+    stage._ten_connections(*reports())
+    assert len(stage.checks) == 8
+    assert failed(stage) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "number", "changes", "check"),
+    [
+        (0, 5, {"key_id": "key-other"}, "each key ID the same"),
+        (1, 5, {"key_id": "key-other"}, "each key ID the same"),
+        (1, 5, {"key_id": None}, "each key ID the same"),
+        (1, 5, {"protection": "pq-only"}, "protection hybrid"),
+        (0, 5, {"group": "X25519"}, "group X25519MLKEM768"),
+        (0, 5, {"path": "bootstrap"}, "the first a bootstrap"),
+        (1, 5, {"path": "bootstrap"}, "the first a bootstrap"),
+        (0, 3, {"announced": False}, "3 announced keys"),
+        (1, 3, {"kms_round_trips": 1}, "3 announced keys"),
+        (1, 5, {"kms_round_trips": 0}, "each KME asked once"),
+    ],
+)
+def test_a_wrong_report_fails_its_check(
+    stage: demo._Demo, side: int, number: int, changes: dict[str, Any], check: str
+) -> None:
+    both = reports()
+    both[side][number - 1]["qkd"] |= changes
+    stage._ten_connections(*both)
+    assert any(text.startswith(check) for text in failed(stage))
+
+
+def test_a_key_used_twice_fails(stage: demo._Demo) -> None:
+    both = reports()
+    for side in both:
+        side[6]["qkd"]["key_id"] = side[5]["qkd"]["key_id"]
+    stage._ten_connections(*both)
+    assert failed(stage) == ["no key ID twice"]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_missing_connection_fails(stage: demo._Demo, side: int) -> None:
+    both = reports()
+    del both[side][-1]
+    stage._ten_connections(*both)
+    assert "10 requests on 10 connections" in failed(stage)
+
+
+def test_two_requests_on_one_connection_fail(stage: demo._Demo) -> None:
+    client, server = reports()
+    server[3]["port"] = server[4]["port"]
+    stage._ten_connections(client, server)
+    assert failed(stage) == ["10 requests on 10 connections"]
+
+
+def test_a_refused_request_ends_it(stage: demo._Demo) -> None:
+    client, server = reports()
+    client[2] = {"path": "/3", "error": "QKDUnavailable", "text": "no key"}
+    with pytest.raises(DemoError, match="request /3 failed: no key"):
+        stage._ten_connections(client, server)
+
+
+# --- processes and the page
+
+
+def test_a_process_that_fails_is_quoted(tmp_path: Path) -> None:
+    process = Process("KME A", tmp_path, "qkd_tls", "no-such-command")
+    with pytest.raises(
+        DemoError, match=r"KME A ended with exit code 2; it wrote:\nusage: (.|\n)*no-such-command"
+    ):
+        process.first_report()
+    with pytest.raises(DemoError, match="KME A ended with exit code 2"):
+        process.finish()
+
+
+def test_a_process_that_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkd_tls.demo.processes._START_TIMEOUT", 0.1)
+    process = Process("KME A", tmp_path, "timeit", "-n1", "-r1", "__import__('time').sleep(60)")
+    try:
+        with pytest.raises(DemoError, match="waited 0 seconds for KME A to start"):
+            process.first_report()
+        with pytest.raises(DemoError, match="KME A did not end within 0 seconds"):
+            process.finish()
+    finally:
+        process.stop()
+
+
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkd_tls.demo.processes._STOP_TIMEOUT", 0.1)
+    deaf = "import signal; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); signal.pause()"
+    (tmp_path / "deaf.py").write_text(deaf)
+    process = Process("deaf", tmp_path, "deaf")
+    assert process.first_report() == {}
+    begin = time.monotonic()
+    process.stop()
+    assert time.monotonic() - begin < 5
+    process.stop()  # a second time does no harm
+
+
+def test_waiting_gives_what_was_waited_for() -> None:
+    answers = iter([None, None, "there"])
+    assert wait_for("it", lambda: next(answers)) == "there"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "colour"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_colour_is_for_terminals_only(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], colour: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal, file = Terminal(), io.StringIO()
+    for out in (terminal, file):
+        demo._Page(out).checks({"this": True, "that": False})
+    assert ("\x1b[" in terminal.getvalue()) is colour
+    assert "\x1b" not in file.getvalue()
+
+
+# --- the command
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"qkd-tls {qkd_tls.__version__}\n"
+
+
+def test_without_a_command_it_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "usage: qkd-tls" in capsys.readouterr().err
