@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 import qkd_tls
-from qkd_tls import cli, demo
+from qkd_tls import cli
+from qkd_tls.demo import story
 from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
 
 # Where the tests were started in the background, SIGINT is ignored in all children: as from a terminal, it is not here.
@@ -83,7 +84,7 @@ def test_it_stops_its_processes_where_it_is_stopped(temporary_files: Path, numbe
 def test_without_the_emulator_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(story, "find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert "pip install 'qkd-tls[emulator]'" in capsys.readouterr().err
 
@@ -91,7 +92,7 @@ def test_without_the_emulator_it_says_what_to_install(
 def test_a_failed_check_is_shown_and_is_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo._Demo, "run", lambda self: {"this": True, "that": False})
+    monkeypatch.setattr(story._Demo, "run", lambda self: {"this": True, "that": False})
     assert cli.main(["demo"]) == 1
     out = capsys.readouterr().out
     assert "ok      this" in out
@@ -106,7 +107,7 @@ def test_what_ends_the_demo_is_said(
     def fail(self: object) -> dict[str, bool]:
         raise error
 
-    monkeypatch.setattr(demo._Demo, "run", fail)
+    monkeypatch.setattr(story._Demo, "run", fail)
     assert cli.main(["demo"]) == code
     assert capsys.readouterr().err in ("qkd-tls demo: KME A ended\n", "qkd-tls demo: interrupted\n")
 
@@ -137,16 +138,16 @@ def reports() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[demo._Demo]:
+def stage(tmp_path: Path) -> Iterator[story._Demo]:
     with Processes(tmp_path) as processes:
-        yield demo._Demo(tmp_path, processes, demo._Page(io.StringIO()))
+        yield story._Demo(tmp_path, processes, story._Page(io.StringIO()))
 
 
-def failed(stage: demo._Demo) -> list[str]:
+def failed(stage: story._Demo) -> list[str]:
     return [check for check, passed in stage.checks.items() if not passed]
 
 
-def test_good_reports_pass(stage: demo._Demo) -> None:
+def test_good_reports_pass(stage: story._Demo) -> None:
     stage._ten_connections(*reports())
     assert len(stage.checks) == 8
     assert failed(stage) == []
@@ -168,7 +169,7 @@ def test_good_reports_pass(stage: demo._Demo) -> None:
     ],
 )
 def test_a_wrong_report_fails_its_check(
-    stage: demo._Demo, side: int, number: int, changes: dict[str, Any], check: str
+    stage: story._Demo, side: int, number: int, changes: dict[str, Any], check: str
 ) -> None:
     both = reports()
     both[side][number - 1]["qkd"] |= changes
@@ -176,7 +177,7 @@ def test_a_wrong_report_fails_its_check(
     assert any(text.startswith(check) for text in failed(stage))
 
 
-def test_a_key_used_twice_fails(stage: demo._Demo) -> None:
+def test_a_key_used_twice_fails(stage: story._Demo) -> None:
     both = reports()
     for side in both:
         side[6]["qkd"]["key_id"] = side[5]["qkd"]["key_id"]
@@ -185,21 +186,21 @@ def test_a_key_used_twice_fails(stage: demo._Demo) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_missing_connection_fails(stage: demo._Demo, side: int) -> None:
+def test_a_missing_connection_fails(stage: story._Demo, side: int) -> None:
     both = reports()
     del both[side][-1]
     stage._ten_connections(*both)
     assert "10 requests on 10 connections" in failed(stage)
 
 
-def test_two_requests_on_one_connection_fail(stage: demo._Demo) -> None:
+def test_two_requests_on_one_connection_fail(stage: story._Demo) -> None:
     client, server = reports()
     server[3]["port"] = server[4]["port"]
     stage._ten_connections(client, server)
     assert failed(stage) == ["10 requests on 10 connections"]
 
 
-def test_a_refused_request_ends_it(stage: demo._Demo) -> None:
+def test_a_refused_request_ends_it(stage: story._Demo) -> None:
     client, server = reports()
     client[2] = {"path": "/3", "error": "QKDUnavailable", "text": "no key"}
     with pytest.raises(DemoError, match="request /3 failed: no key"):
@@ -266,7 +267,7 @@ def test_colour_is_for_terminals_only(
         monkeypatch.setenv(name, value)
     terminal, file = Terminal(), io.StringIO()
     for out in (terminal, file):
-        demo._Page(out).checks({"this": True, "that": False})
+        story._Page(out).checks({"this": True, "that": False})
     assert ("\x1b[" in terminal.getvalue()) is colour
     assert "\x1b" not in file.getvalue()
 

@@ -1,6 +1,6 @@
 """TLS 1.3 connections keyed by X25519, ML-KEM-768 and a QKD key, authenticated with X.509 certificates."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from qkd_tls.context import QKDContext, create_default_context
 from qkd_tls.errors import (
@@ -33,4 +33,4 @@ __all__ = [
     "create_default_context",
 ]
 
-__version__ = version("qkd-tls")
+__version__ = _version("qkd-tls")

@@ -1,0 +1,369 @@
+"""The story that the demo tells, and the checks it makes.
+
+Two KMEs, an HTTPS server and an HTTPS client run as processes of their own. What the two sides report separately is put
+side by side and checked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NoReturn, TextIO
+
+from kms_client import Etsi014Client, KMSUnavailable
+from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
+from qkd_tls.info import Path as How
+from qkd_tls.info import Protection
+from qkd_tls.policy import Policy
+
+__all__ = ["run"]
+
+_REQUESTS: Final = 10
+_ANNOUNCED_KEYS: Final = 3
+_GROUP: Final = "X25519MLKEM768"
+_WIDTH: Final = 110
+
+
+def run(out: TextIO | None = None) -> int:
+    """Run the demo and write about it.
+
+    Returns the exit code: 0 only if everything was as it should be; 1 if not; 2 if the KME emulator is not installed.
+    """
+    page = _Page(sys.stdout if out is None else out)
+    if find_spec("aiohttp") is None:
+        print(
+            "qkd-tls demo: the KME emulator needs aiohttp; install it with: pip install 'qkd-tls[emulator]'",
+            file=sys.stderr,
+        )
+        return 2
+    begin = time.monotonic()
+    try:
+        with (
+            _ended_by_signals(),
+            tempfile.TemporaryDirectory(prefix="qkd-tls-demo-") as name,
+            Processes(Path(name)) as processes,
+        ):
+            checks = _Demo(Path(name), processes, page).run()
+    except DemoError as error:
+        print(f"qkd-tls demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qkd-tls demo: interrupted", file=sys.stderr)
+        return 130
+    page.checks(checks)
+    failed = sum(not passed for passed in checks.values())
+    seconds = time.monotonic() - begin
+    page.line(
+        f"{failed} of {len(checks)} checks failed."
+        if failed
+        else f"Everything was as it should be ({seconds:.1f} s)."
+    )
+    return 1 if failed else 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """So that the processes are stopped also where this one is terminated or its terminal is closed."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _KME:
+    """One of the two, and how to start it again at the same place."""
+
+    side: str
+    arguments: tuple[str, ...]
+    process: Process
+    url: str
+    link: str
+    starts: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"KME {self.side.upper()}"
+
+
+@dataclass
+class _Demo:
+    directory: Path
+    processes: Processes
+    page: _Page
+    runs: int = 0
+    checks: dict[str, bool] = field(default_factory=dict)
+
+    def run(self) -> dict[str, bool]:
+        page = self.page
+        page.heading("Starting, all on 127.0.0.1")
+        kme_a = self._start_kme("a")
+        page.item(kme_a.name, f"{kme_a.url}, keys for SAE-A (the client)")
+        kme_b = self._start_kme("b", "--link", kme_a.link)
+        page.item(kme_b.name, f"{kme_b.url}, keys for SAE-B (the server)")
+        self._wait_for_keys(kme_a, kme_b)
+        page.item("QKD link", "up, emulated")
+        server = self._start("HTTPS server", "qkd_tls.demo.peers", "server", *self._peer(kme_b))
+        url = f"https://127.0.0.1:{server.first_report()['port']}"
+        page.item("HTTPS server", f"{url}, policy prefer")
+
+        page.heading(f"{_REQUESTS} requests on {_REQUESTS} connections, client policy require")
+        client = self._client(kme_a, url, Policy.REQUIRE, _REQUESTS, _ANNOUNCED_KEYS)
+        self._ten_connections(client, server.reports[1:])
+
+        page.heading(f"{kme_a.name} is turned off")
+        kme_a.process.stop()
+        self._refused(kme_a, url)
+        self._fallen_back(kme_a, url, server)
+
+        page.heading(f"{kme_a.name} is turned on again")
+        self._restart_kme(kme_a)
+        self._wait_for_keys(kme_a, kme_b)
+        self._recovered(kme_a, url)
+        return self.checks
+
+    # --- processes
+
+    def _start(self, name: str, module: str, *arguments: str) -> Process:
+        return self.processes.start(name, module, *arguments)
+
+    def _start_kme(self, side: str, *arguments: str) -> _KME:
+        arguments = (
+            "serve",
+            "--side",
+            side,
+            "--dir",
+            str(self.directory),
+            "--json",
+            "--buffer",
+            "100",
+            *arguments,
+        )
+        process = self._start(f"KME {side.upper()}", "kms_client.emulator", *arguments)
+        ready = process.first_report()
+        return _KME(side, arguments, process, ready["kmes"][0]["url"], ready["link"])
+
+    def _restart_kme(self, kme: _KME) -> None:
+        ports = ("--port", _port(kme.url), "--link-port", _port(kme.link))
+        kme.process = self._start(f"{kme.name} again", "kms_client.emulator", *kme.arguments, *ports)
+        kme.process.first_report()
+
+    def _wait_for_keys(self, *kmes: _KME) -> None:
+        for kme, peer in zip(kmes, ("SAE-B", "SAE-A"), strict=True):
+            manager = Etsi014Client(
+                kme.url,
+                sae_id=f"SAE-{kme.side.upper()}",
+                cert=self.directory / f"sae-{kme.side}.pem",
+                key=self.directory / f"sae-{kme.side}.key",
+                ca=self.directory / "kms-ca.pem",
+            )
+
+            def keys(manager: Etsi014Client = manager, peer: str = peer) -> int | None:
+                try:
+                    return manager.status(peer).stored_key_count or None
+                except KMSUnavailable:
+                    return None
+
+            wait_for(f"keys at {kme.name}", keys)
+            manager.close()
+
+    def _peer(self, kme: _KME) -> tuple[str, ...]:
+        return "--dir", str(self.directory), "--kme", kme.url
+
+    def _client(
+        self, kme: _KME, url: str, policy: Policy, requests: int = 1, announced_keys: int = 0
+    ) -> list[dict[str, Any]]:
+        """Run the client; what it reports of each request."""
+        self.runs += 1
+        return self._start(
+            f"HTTPS client {self.runs}",
+            "qkd_tls.demo.peers",
+            "client",
+            *self._peer(kme),
+            *("--url", url, "--policy", policy, "--requests", str(requests)),
+            *("--announced-keys", str(announced_keys)),
+        ).finish()
+
+    # --- what should be
+
+    def _ten_connections(self, client: list[dict[str, Any]], server: list[dict[str, Any]]) -> None:
+        rows = [_Row.of(ours, theirs) for ours, theirs in zip(client, server, strict=False)]
+        self.page.table(rows)
+        associated = rows[1:]
+        fetched = [row for row in rows if not row.announced]
+        ids = [row.client_key_id for row in rows]
+        self.checks |= {
+            f"{_REQUESTS} requests on {_REQUESTS} connections": len(client) == len(server) == _REQUESTS
+            and len({report["port"] for report in server}) == _REQUESTS,
+            "the first a bootstrap, the others associated": rows[0].path == How.BOOTSTRAP
+            and all(row.path == How.ASSOCIATED for row in associated),
+            "protection hybrid on both sides": all(row.protections == {Protection.HYBRID} for row in rows),
+            f"group {_GROUP} on both sides": all(row.groups == {_GROUP} for row in rows),
+            "each key ID the same on both sides": all(
+                row.client_key_id is not None and row.client_key_id == row.server_key_id for row in rows
+            ),
+            "no key ID twice": len(set(ids)) == _REQUESTS,
+            f"{_ANNOUNCED_KEYS} announced keys, no KME asked for these": len(rows) - len(fetched)
+            == _ANNOUNCED_KEYS
+            and all(row.round_trips == (0, 0) for row in rows if row.announced),
+            "each KME asked once for each of the others": all(row.round_trips == (1, 1) for row in fetched),
+        }
+
+    def _refused(self, kme: _KME, url: str) -> None:
+        [report] = self._client(kme, url, Policy.REQUIRE)
+        if "error" in report:
+            self.page.item("require", f"refused with {report['error']}")
+            self.page.note(_first_sentence(report["text"]))
+            self.page.note(f"what to do: {report['hint']}")
+        else:
+            self.page.item("require", _described(report["qkd"]))
+        self.checks[f"{kme.name} off: require refuses with QKDUnavailable, which names the KME"] = (
+            report.get("error") == "QKDUnavailable" and report["kms"] == kme.url and kme.url in report["text"]
+        )
+
+    def _fallen_back(self, kme: _KME, url: str, server: Process) -> None:
+        [report] = self._client(kme, url, Policy.PREFER)
+        both = [report.get("qkd", {}), server.reports[-1]["qkd"]]
+        self.page.item("prefer", _described(both[0]))
+        self.page.note(f"client: {_first_sentence(both[0].get('fallback'))}")
+        self.page.note(f"server: {_first_sentence(both[1]['fallback'])}")
+        self.checks[f"{kme.name} off: prefer connects, says pq-only and why on both sides"] = all(
+            qkd.get("protection") == Protection.PQ_ONLY
+            and qkd["group"] == _GROUP
+            and qkd["key_id"] is None
+            and qkd["fallback"]
+            for qkd in both
+        )
+
+    def _recovered(self, kme: _KME, url: str) -> None:
+        [report] = self._client(kme, url, Policy.REQUIRE)
+        self.page.item("require", _described(report.get("qkd", {})))
+        self.checks[f"{kme.name} on again: require connects, hybrid"] = (
+            report.get("qkd", {}).get("protection") == Protection.HYBRID
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One connection as both sides saw it."""
+
+    number: str
+    path: str
+    announced: bool
+    groups: set[str]
+    ciphers: set[str]
+    protections: set[str]
+    client_key_id: str | None
+    server_key_id: str | None
+    round_trips: tuple[int, int]
+    milliseconds: float
+
+    @classmethod
+    def of(cls, client: dict[str, Any], server: dict[str, Any]) -> _Row:
+        if "error" in client:
+            raise DemoError(f"request {client['path']} failed: {client['text']}")
+        both = [client["qkd"], server["qkd"]]
+        return cls(
+            number=client["path"].removeprefix("/"),
+            path=" / ".join(dict.fromkeys(str(qkd["path"]) for qkd in both)),
+            announced=client["qkd"]["announced"],
+            groups={qkd["group"] for qkd in both},
+            ciphers={qkd["cipher"] for qkd in both},
+            protections={qkd["protection"] for qkd in both},
+            client_key_id=client["qkd"]["key_id"],
+            server_key_id=server["qkd"]["key_id"],
+            round_trips=(client["qkd"]["kms_round_trips"], server["qkd"]["kms_round_trips"]),
+            milliseconds=client["ms"],
+        )
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.number,
+            self.path + (", announced key" if self.announced else ""),
+            " / ".join(sorted(self.groups)),
+            " / ".join(sorted(self.ciphers)),
+            _shortened(self.client_key_id),
+            _shortened(self.server_key_id),
+            "{} + {}".format(*self.round_trips),
+            f"{self.milliseconds:.1f}",
+        )
+
+
+class _Page:
+    """What the demo writes: plain text, with colour only for a terminal whose user has not said NO_COLOR."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._colour = out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def line(self, text: str = "") -> None:
+        print(text, file=self._out, flush=True)
+
+    def heading(self, text: str) -> None:
+        self.line("\n" + self._painted("1", text))
+
+    def item(self, name: str, text: str) -> None:
+        self.line(f"  {name:<14}{text}")
+
+    def note(self, text: str) -> None:
+        self.line(textwrap.fill(text, _WIDTH, initial_indent=" " * 16, subsequent_indent=" " * 18))
+
+    def table(self, rows: Sequence[_Row]) -> None:
+        head = ("", "connection", "group", "cipher", "key: client", "key: server", "KME calls", "ms")
+        cells = [head, *(row.cells for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        numbers = {0, len(head) - 1}
+        for row in cells:
+            aligned = [
+                cell.rjust(width) if index in numbers else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            self.line("  " + "  ".join(aligned).rstrip())
+
+    def checks(self, checks: dict[str, bool]) -> None:
+        self.heading("Checks")
+        for text, passed in checks.items():
+            self.line(
+                "  "
+                + (self._painted("32", "ok    ") if passed else self._painted("31", "FAILED"))
+                + f"  {text}"
+            )
+
+    def _painted(self, colour: str, text: str) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._colour else text
+
+
+def _described(qkd: dict[str, Any]) -> str:
+    if not qkd:
+        return "refused"
+    key = f"key {_shortened(qkd['key_id'])}" if qkd["key_id"] else "no QKD key"
+    return f"connected, protection {qkd['protection']}, group {qkd['group']}, {key}"
+
+
+def _shortened(key_id: str | None) -> str:
+    return "none" if key_id is None else key_id if len(key_id) <= 10 else key_id[:8] + ".."
+
+
+def _first_sentence(text: str | None) -> str:
+    return re.split(r"\.+ (?=[A-Z])", text)[0] if text else "nothing"
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]
