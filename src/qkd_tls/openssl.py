@@ -166,6 +166,8 @@ class TLSContext:
         except (SSL.Error, crypto.Error) as error:
             raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL refuses the setting: {_reason(error)}") from None
         if settings.server_side:
+            # A server that asks for client certificates takes no PSK without it; nothing is ever looked up by it.
+            context.set_session_id(b"qkd-tls/1")
             _lib.SSL_CTX_set_psk_find_session_callback(self._raw, _find_session)
             _lib.SSL_CTX_set_alpn_select_cb(self._raw, _select_alpn, _ffi.NULL)
         else:

@@ -247,7 +247,7 @@ class ClientEngine(Engine):
             except kems.KEMError as error:
                 raise self._malformed(str(error)) from None
         assert self._association is not None
-        self._association.expires_at = self._until(message.lifetime)
+        self._association.expires_at = self._until(min(message.lifetime, self._config.lifetime))
         self._association.announce([key for key in self._offered[1:] if key.key_id in message.key_ids])
         wipe_keys(key for key in self._offered if key.key_id not in message.key_ids)
         self._offered = []
