@@ -7,10 +7,13 @@ for ever), or with the process; the next connection then is a bootstrap again.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Final
 
 from kms_client import QKDKey
 from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, tag_key
@@ -59,8 +62,8 @@ class Association:
             self._require_open()
             identity.verify_tag(self._tag_key)
 
-    def psk(self, key: QKDKey, kdf: KDF, *, announced: bool = False) -> PSK:
-        """Use up a QKD key: mix it with the association secret.
+    def psk(self, key: QKDKey, kdf: KDF, *, identity: bytes | None = None, announced: bool = False) -> PSK:
+        """Use up a QKD key: mix it with the association secret, under the identity that the client sent or a new one.
 
         Raises AssociationEnded (the key is still unused then), kms_client.KeyAlreadyUsed, and ValueError for a key of
         less than 256 bits.
@@ -68,12 +71,13 @@ class Association:
         with self._lock:
             self._require_open()
             self._spent.add(key.key_id)
-            identity = PSKIdentity.create(kdf, self.id, self._tag_key, key.key_id).encode()
+            if identity is None:
+                identity = PSKIdentity.create(kdf, self.id, self._tag_key, key.key_id).encode()
             with key.use() as secret:
                 derived = derive_psk(
                     secret, self.secret, identity, self.client_sae_id, self.server_sae_id, kdf
                 )
-            return PSK(identity, bytearray(derived), kdf, key.key_id, announced)
+            return PSK(identity, derived, kdf, key.key_id, announced)
 
     def _require_open(self) -> None:
         # A wiped secret must never be mixed: zeros would stand in for X25519 and ML-KEM.
@@ -123,7 +127,7 @@ class Association:
 
 
 class AssociationStore:
-    """Associations of one context; safe for threads.
+    """Associations of one context; safe for threads. A forked child starts with none.
 
     A server finds them by ID, a client by scope: whatever has to be equal for reuse (server name, trust store, client
     certificate, peer SAE). At most `capacity` are kept; the least recently used goes first.
@@ -135,6 +139,13 @@ class AssociationStore:
         self._by_id: OrderedDict[bytes, Association] = OrderedDict()
         self._by_scope: dict[Hashable, list[Association]] = {}
         self._scope_of: dict[bytes, Hashable] = {}
+        _stores.add(self)
+
+    def _forget_after_fork(self) -> None:
+        # The parent goes on with them, and a key announced there would be used twice. Another thread of the parent
+        # may have held the lock.
+        self._lock = threading.Lock()
+        self._by_id, self._by_scope, self._scope_of = OrderedDict(), {}, {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -168,12 +179,13 @@ class AssociationStore:
     def by_scope(self, scope: Hashable, now: float) -> Association | None:
         """Client: a usable association of this scope at Unix time `now`, one with announced keys before others."""
         with self._lock:
-            for association in list(self._by_scope.get(scope, ())):
+            found = None
+            for association in self._by_scope.get(scope, ())[:]:
                 if not association.usable(now):
                     self._drop(association)
-            usable = self._by_scope.get(scope, [])
-            with_keys = [association for association in usable if association.announced]
-            return next(iter(with_keys or usable[-1:]), None)
+                elif found is None or not found.announced:
+                    found = association
+            return found
 
     def discard(self, association: Association) -> None:
         """Forget an association and wipe it."""
@@ -195,3 +207,14 @@ class AssociationStore:
                 if not self._by_scope[scope]:
                     del self._by_scope[scope]
         association.close()
+
+
+_stores: Final[weakref.WeakSet[AssociationStore]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

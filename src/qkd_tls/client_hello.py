@@ -6,6 +6,8 @@ qkd-tls has no use for are skipped: OpenSSL parses the whole message again and h
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -48,6 +50,15 @@ _GROUP_NAMES: Final = {
     4588: "X25519MLKEM768",
     4589: "SecP384r1MLKEM1024",
 }
+
+
+# No space and no control character: a NUL would read differently elsewhere.
+_PRINTABLE: Final = re.compile(rb"[\x21-\x7e]+")
+
+
+_FIXED_SIZE: Final = 2 + 32  # legacy_version and random
+_TICKET_AGE_SIZE: Final = 4
+_EXTENSION_HEADER: Final = struct.Struct(">HH")
 
 
 class ClientHelloError(ValueError):
@@ -132,29 +143,35 @@ def parse_client_hello(message: bytes) -> ClientHello:
         ClientHelloError: it is truncated, has bytes left over, an extension twice, `pre_shared_key` not last,
             or a list that its definition does not allow.
     """
-    outer = _Reader(message)
-    if outer.number(1, "handshake type") != _CLIENT_HELLO:
+    if not message:
+        raise ClientHelloError("handshake type is truncated")
+    if message[0] != _CLIENT_HELLO:
         raise ClientHelloError("not a ClientHello")
-    body = _Reader(outer.vector(3, "ClientHello"))
-    outer.end("ClientHello")
-
-    legacy_version = body.number(2, "legacy_version")
-    body.take(32, "random")
-    if len(body.vector(1, "legacy_session_id")) > 32:
+    body, end = _vector(message, 1, 3, "ClientHello")
+    if end != len(message):
+        raise ClientHelloError("bytes after the end of ClientHello")
+    if len(body) < _FIXED_SIZE:
+        raise ClientHelloError("random is truncated")
+    legacy_version = body[0] << 8 | body[1]
+    session_id, position = _vector(body, _FIXED_SIZE, 1, "legacy_session_id")
+    if len(session_id) > 32:
         raise ClientHelloError("legacy_session_id longer than 32 bytes")
-    body.numbers(2, 2, "cipher_suites")
-    body.numbers(1, 1, "legacy_compression_methods")
-    extensions = _extensions(body)
+    cipher_suites, position = _vector(body, position, 2, "cipher_suites")
+    if not cipher_suites or len(cipher_suites) % 2:
+        raise ClientHelloError(f"cipher_suites has {len(cipher_suites)} bytes")
+    compression, position = _vector(body, position, 1, "legacy_compression_methods")
+    if not compression:
+        raise ClientHelloError("legacy_compression_methods has 0 bytes")
+    extensions = _extensions(body, position)
 
     return ClientHello(
         server_name=_server_name(extensions.get(_SERVER_NAME)),
         alpn=_alpn(extensions.get(_ALPN)),
         psk_identities=_psk_identities(extensions.get(_PRE_SHARED_KEY)),
-        groups=_number_list(extensions.get(_SUPPORTED_GROUPS), 2, 2, "supported_groups"),
+        groups=_numbers(extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups"),
         key_share_groups=_key_share_groups(extensions.get(_KEY_SHARE)),
-        versions=_number_list(extensions.get(_SUPPORTED_VERSIONS), 1, 2, "supported_versions")
-        or (legacy_version,),
-        psk_modes=_number_list(extensions.get(_PSK_KEY_EXCHANGE_MODES), 1, 1, "psk_key_exchange_modes"),
+        versions=_numbers(extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions") or (legacy_version,),
+        psk_modes=_psk_modes(extensions.get(_PSK_KEY_EXCHANGE_MODES)),
     )
 
 
@@ -163,77 +180,70 @@ def group_names(groups: Iterable[int]) -> str:
     return ", ".join(_GROUP_NAMES.get(group, f"0x{group:04x}") for group in groups) or "none"
 
 
-class _Reader:
-    """The presentation language of RFC 8446 section 3, read from front to back."""
-
-    __slots__ = ("_data", "_position")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    def __bool__(self) -> bool:
-        return self._position < len(self._data)
-
-    def take(self, size: int, what: str) -> bytes:
-        taken = self._data[self._position : self._position + size]
-        if len(taken) != size:
-            raise ClientHelloError(f"{what} is truncated")
-        self._position += size
-        return taken
-
-    def number(self, size: int, what: str) -> int:
-        return int.from_bytes(self.take(size, what), "big")
-
-    def vector(self, length_size: int, what: str) -> bytes:
-        """The bytes of a vector that its length, in `length_size` bytes, precedes."""
-        return self.take(self.number(length_size, what), what)
-
-    def numbers(self, length_size: int, size: int, what: str) -> tuple[int, ...]:
-        """A vector of at least one number of `size` bytes."""
-        data = self.vector(length_size, what)
-        if not data or len(data) % size:
-            raise ClientHelloError(f"{what} has {len(data)} bytes")
-        return tuple(int.from_bytes(data[i : i + size], "big") for i in range(0, len(data), size))
-
-    def end(self, what: str) -> None:
-        if self:
-            raise ClientHelloError(f"bytes after the end of {what}")
+# Plain functions with a position, not a reader object: this runs on each handshake, and calls are what it costs.
 
 
-def _extensions(body: _Reader) -> dict[int, bytes]:
+def _vector(data: bytes, position: int, length_size: int, what: str) -> tuple[bytes, int]:
+    """The bytes of a vector, which its length precedes in `length_size` bytes (section 3.4), and where it ends."""
+    start = position + length_size
+    end = start + int.from_bytes(data[position:start], "big")
+    if end > len(data) or start > len(data):
+        raise ClientHelloError(f"{what} is truncated")
+    return data[start:end], end
+
+
+def _only_vector(extension: bytes, length_size: int, what: str) -> bytes:
+    """The one non-empty vector that fills an extension."""
+    content, end = _vector(extension, 0, length_size, what)
+    if end != len(extension):
+        raise ClientHelloError(f"bytes after the end of {what}")
+    return content
+
+
+def _extensions(body: bytes, position: int) -> dict[int, bytes]:
     """The extensions by type; none where TLS 1.2 and before leave the whole block out."""
     extensions: dict[int, bytes] = {}
-    if not body:
+    if position == len(body):
         return extensions
-    block = _Reader(body.vector(2, "extensions"))
-    body.end("ClientHello")
-    while block:
+    block, end = _vector(body, position, 2, "extensions")
+    if end != len(body):
+        raise ClientHelloError("bytes after the end of ClientHello")
+    position, size = 0, len(block)
+    while position < size:
         # The binders of pre_shared_key cover all that precedes them (section 4.2.11).
         if _PRE_SHARED_KEY in extensions:
             raise ClientHelloError("pre_shared_key is not the last extension")
-        kind = block.number(2, "extension type")
+        start = position + 4
+        if start > size:
+            raise ClientHelloError("an extension is truncated")
+        kind, length = _EXTENSION_HEADER.unpack_from(block, position)
         if kind in extensions:
             raise ClientHelloError(f"extension {kind} appears twice")
-        extensions[kind] = block.vector(2, f"extension {kind}")
+        position = start + length
+        if position > size:
+            raise ClientHelloError(f"extension {kind} is truncated")
+        extensions[kind] = block[start:position]
     return extensions
 
 
-def _only_vector(extension: bytes, length_size: int, what: str) -> _Reader:
-    """A reader of the one non-empty vector that fills an extension."""
-    outer = _Reader(extension)
-    inner = _Reader(outer.vector(length_size, what))
-    outer.end(what)
-    return inner
-
-
-def _number_list(extension: bytes | None, length_size: int, size: int, what: str) -> tuple[int, ...]:
+def _numbers(extension: bytes | None, length_size: int, what: str) -> tuple[int, ...]:
+    """A vector of at least one 16-bit number."""
     if extension is None:
         return ()
-    reader = _Reader(extension)
-    numbers = reader.numbers(length_size, size, what)
-    reader.end(what)
-    return numbers
+    data = _only_vector(extension, length_size, what)
+    if not data or len(data) % 2:
+        raise ClientHelloError(f"{what} has {len(data)} bytes")
+    return struct.unpack(f">{len(data) // 2}H", data)
+
+
+def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
+    """The modes (section 4.2.9), a byte each."""
+    if extension is None:
+        return ()
+    modes = _only_vector(extension, 1, "psk_key_exchange_modes")
+    if not modes:
+        raise ClientHelloError("psk_key_exchange_modes has 0 bytes")
+    return tuple(modes)
 
 
 def _server_name(extension: bytes | None) -> str | None:
@@ -241,18 +251,18 @@ def _server_name(extension: bytes | None) -> str | None:
     if extension is None:
         return None
     names = _only_vector(extension, 2, "server_name")
-    host_name: str | None = None
     if not names:
         raise ClientHelloError("server_name is empty")
-    while names:
-        kind = names.number(1, "server_name")
-        name = names.vector(2, "server_name")
+    host_name: str | None = None
+    position = 0
+    while position < len(names):
+        kind = names[position]
+        name, position = _vector(names, position + 1, 2, "server_name")
         if kind != 0:
             continue
         if host_name is not None:
             raise ClientHelloError("server_name holds two host names")
-        # Printable and no space: a NUL or a control character would read differently elsewhere.
-        if not name or not all(0x21 <= byte <= 0x7E for byte in name):
+        if not _PRINTABLE.fullmatch(name):
             raise ClientHelloError("server_name is not a host name in ASCII")
         host_name = name.decode("ascii")
     return host_name
@@ -264,8 +274,10 @@ def _alpn(extension: bytes | None) -> tuple[bytes, ...]:
         return ()
     names = _only_vector(extension, 2, "ALPN")
     protocols: list[bytes] = []
-    while names:
-        protocols.append(names.vector(1, "ALPN"))
+    position = 0
+    while position < len(names):
+        name, position = _vector(names, position, 1, "ALPN")
+        protocols.append(name)
     if not protocols or b"" in protocols:
         raise ClientHelloError("ALPN has an empty list or an empty name")
     return tuple(protocols)
@@ -277,9 +289,11 @@ def _key_share_groups(extension: bytes | None) -> tuple[int, ...]:
         return ()
     shares = _only_vector(extension, 2, "key_share")
     groups: list[int] = []
-    while shares:
-        groups.append(shares.number(2, "key_share"))
-        if not shares.vector(2, "key_share"):
+    position = 0
+    while position < len(shares):
+        groups.append(int.from_bytes(shares[position : position + 2], "big"))
+        share, position = _vector(shares, position + 2, 2, "key_share")
+        if not share:
             raise ClientHelloError("key_share has an empty share")
     return tuple(groups)
 
@@ -288,19 +302,25 @@ def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
     """The identities, each with its binder (section 4.2.11)."""
     if extension is None:
         return ()
-    outer = _Reader(extension)
-    entries = _Reader(outer.vector(2, "PSK identities"))
-    binders = _Reader(outer.vector(2, "PSK binders"))
-    outer.end("pre_shared_key")
+    entries, position = _vector(extension, 0, 2, "PSK identities")
+    binders, end = _vector(extension, position, 2, "PSK binders")
+    if end != len(extension):
+        raise ClientHelloError("bytes after the end of pre_shared_key")
     identities: list[bytes] = []
-    while entries:
-        identities.append(entries.vector(2, "PSK identity"))
-        entries.take(4, "obfuscated_ticket_age")
+    position = 0
+    while position < len(entries):
+        identity, position = _vector(entries, position, 2, "PSK identity")
+        identities.append(identity)
+        position += _TICKET_AGE_SIZE
+        if position > len(entries):
+            raise ClientHelloError("obfuscated_ticket_age is truncated")
     if not identities or b"" in identities:
         raise ClientHelloError("pre_shared_key has an empty list or an empty identity")
     number_of_binders = 0
-    while binders:
-        if len(binders.vector(1, "PSK binder")) < 32:
+    position = 0
+    while position < len(binders):
+        binder, position = _vector(binders, position, 1, "PSK binder")
+        if len(binder) < 32:
             raise ClientHelloError("a PSK binder shorter than 32 bytes")
         number_of_binders += 1
     if number_of_binders != len(identities):

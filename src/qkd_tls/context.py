@@ -86,11 +86,11 @@ class QKDContext(ssl.SSLContext):
         pipelined: bool = True,
         max_keys: int = 64,
     ) -> None:
-        self.policy = Policy(policy)
-        self.key_manager = key_manager
-        if key_manager is None and self.policy is not Policy.OFF:
+        self._policy = Policy(policy)
+        self._key_manager = key_manager
+        if key_manager is None and self._policy is not Policy.OFF:
             raise ValueError(
-                f"policy '{self.policy}' needs a key_manager; without QKD keys say so: policy='off'"
+                f"policy '{self._policy}' needs a key_manager; without QKD keys say so: policy='off'"
             )
         if kem is not None and kem not in kems.names():
             raise ValueError(f"KEM {kem!r} is not available here; these are: {', '.join(kems.names())}")
@@ -99,21 +99,33 @@ class QKDContext(ssl.SSLContext):
         if association_lifetime < 1 or max_keys < 1:
             raise ValueError("association_lifetime and max_keys must be 1 or more")
         self._server = protocol == ssl.PROTOCOL_TLS_SERVER
-        self._peer_sae_id = peer_sae_id
+        self._peer_sae_id = None if isinstance(peer_sae_id, Mapping) else peer_sae_id
+        self._peer_sae_ids = peer_sae_id if isinstance(peer_sae_id, Mapping) else {}
         self._allowed = None if allowed_peer_sae_ids is None else frozenset(allowed_peer_sae_ids)
         self._groups = tuple(groups)
         self._kdf, self._kem, self._announced_keys = kdf, kem, announced_keys
         self._lifetime, self._pipelined, self._max_keys = association_lifetime, pipelined, max_keys
         self._associations = AssociationStore()
         self._lock = threading.Lock()
-        self._compiled: TLSContext | None = None
+        self._config: EngineConfig | None = None
+        self._config_state: tuple[object, ...] = ()
         # Dictionaries keep the order and drop duplicates: programs load the same file for each connection.
         self._trusted: dict[bytes, None] = {}
         self._crls: dict[bytes, None] = {}
         self._credentials: Credentials | None = None
         self._alpn: tuple[str, ...] = ()
         # A spelling mistake in a group shall not wait for the first connection.
-        self._compile()
+        self._engine_config()
+
+    @property
+    def policy(self) -> Policy:
+        """What happens where no QKD key can be had."""
+        return self._policy
+
+    @property
+    def key_manager(self) -> KeyManager | None:
+        """This side's KMS."""
+        return self._key_manager
 
     # --- trust and credentials
 
@@ -334,55 +346,62 @@ class QKDContext(ssl.SSLContext):
             server_hostname=_ascii_hostname(server_hostname),
         )
 
-    def new_engine(self, *, server_side: bool, server_hostname: str | None = None) -> Engine:
+    def new_engine(
+        self, *, server_side: bool, server_hostname: str | None = None, server_port: int | None = None
+    ) -> Engine:
         """The state machine for one connection; for those who write their own driver.
 
-        `server_hostname` is ASCII. Raises ValueError or ssl.SSLError where this context cannot serve that side.
+        `server_hostname` is ASCII; with `server_port`, services of one host keep associations of their own. Raises
+        ValueError or ssl.SSLError where this context cannot serve that side.
         """
         if server_side != self._server:
             side, kind = ("server", "CLIENT") if server_side else ("client", "SERVER")
             raise ssl.SSLError(
                 ssl.SSL_ERROR_SSL, f"Cannot create a {side} socket with a PROTOCOL_TLS_{kind} context"
             )
-        if server_side and server_hostname is not None:
-            raise ValueError("server_hostname can only be specified in client mode")
-        if self.check_hostname and not server_side and not server_hostname:
+        if server_side:
+            if server_hostname is not None:
+                raise ValueError("server_hostname can only be specified in client mode")
+            if self._credentials is None:
+                raise ssl.SSLError(
+                    ssl.SSL_ERROR_SSL,
+                    "[SSL] no certificate: call load_cert_chain() on the server's context first",
+                )
+            return ServerEngine(self._engine_config())
+        if self.check_hostname and not server_hostname:
             raise ValueError("check_hostname requires server_hostname")
-        if server_side and self._credentials is None:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL,
-                "[SSL] no certificate: call load_cert_chain() on the server's context first",
-            )
-        manager = self.key_manager
-        peer = self._peer_sae_id
-        if isinstance(peer, Mapping):
-            peer = peer.get(server_hostname or "")
-        return (ServerEngine if server_side else ClientEngine)(
-            EngineConfig(
-                context=self._compile(),
-                policy=self.policy,
-                associations=self._associations,
-                kms=manager.name if manager else "",
-                kms_protocol=manager.protocol if manager else "",
-                sae_id=manager.sae_id if manager else "",
-                peer_sae_id=peer,
-                allowed_peer_sae_ids=self._allowed,
-                server_hostname=server_hostname,
-                alpn=self._alpn,
-                kdf=self._kdf,
-                kem=self._kem,
-                announced_keys=self._announced_keys,
-                pipelined=self._pipelined,
-                lifetime=self._lifetime,
-                max_keys=self._max_keys,
-            )
+        return ClientEngine(
+            self._engine_config(),
+            server_hostname=server_hostname,
+            server_port=server_port,
+            server_sae_id=self._peer_sae_ids.get(server_hostname or "", self._peer_sae_id),
         )
 
     def forget_associations(self) -> None:
         """Wipe all association secrets and announced keys: the next connections are bootstraps."""
         self._associations.clear()
 
-    def _compile(self) -> TLSContext:
+    def _engine_config(self) -> EngineConfig:
+        """What all connections share, made anew after a change of the settings."""
+        # Plain numbers: ssl.SSLContext makes enums of them each time.
+        base: Any = super(ssl.SSLContext, self)
+        # The two collections only grow: their sizes tell whether they have changed.
+        state = (
+            self._credentials,
+            len(self._trusted),
+            len(self._crls),
+            base.verify_mode,
+            base.verify_flags,
+            base.check_hostname,
+            self.hostname_checks_common_name,
+            self._alpn,
+        )
+        with self._lock:
+            if self._config is None or state != self._config_state:
+                self._config, self._config_state = self._new_config(), state
+            return self._config
+
+    def _new_config(self) -> EngineConfig:
         settings = TLSSettings(
             server_side=self._server,
             credentials=self._credentials,
@@ -395,10 +414,23 @@ class QKDContext(ssl.SSLContext):
             groups=self._groups,
             cipher_suites=DEFAULT_CIPHER_SUITES[self._kdf],
         )
-        with self._lock:
-            if self._compiled is None or self._compiled.settings != settings:
-                self._compiled = TLSContext(settings)
-            return self._compiled
+        manager = self._key_manager
+        return EngineConfig(
+            context=TLSContext(settings),
+            policy=self._policy,
+            associations=self._associations,
+            kms=manager.name if manager else "",
+            kms_protocol=manager.protocol if manager else "",
+            sae_id=manager.sae_id if manager else "",
+            allowed_peer_sae_ids=self._allowed,
+            alpn=self._alpn,
+            kdf=self._kdf,
+            kem=self._kem,
+            announced_keys=self._announced_keys,
+            pipelined=self._pipelined,
+            lifetime=self._lifetime,
+            max_keys=self._max_keys,
+        )
 
 
 def create_default_context(

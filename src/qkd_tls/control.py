@@ -271,8 +271,8 @@ class FrameReader:
     def unread(self) -> bytes:
         """The bytes after the messages taken so far.
 
-        Where the exchange is over with an `Accept`, any are a violation; after a `Reject` that both sides go
-        on from, they are the application's.
+        A message ends with its TLS record, so that any here are a violation once the exchange is over: what
+        follows is a ClientHello or, after a `Reject`, the application's first record.
         """
         return bytes(self._buffer)
 

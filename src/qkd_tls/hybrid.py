@@ -5,19 +5,24 @@ was used, and the QKD key. Each is length-prefixed before HKDF-Extract takes the
 CatKDF in ETSI TS 103 744 and of NIST SP 800-56C rev. 2: the result is secret as long as one of them is. The
 last step is the PSK importer of RFC 9258, which binds the PSK to its identity and to both SAE IDs.
 
-What is wiped: the concatenations of secrets made here. What Python cannot wipe: the digests that `hmac`
-returns, among them the intermediate HKDF key. They are immutable `bytes`, whose memory is freed uncleared.
+What is wiped: the concatenations of secrets made here, and by its caller the PSK. What Python cannot wipe: the
+association secret and the tag key as HKDF returns them, immutable `bytes`, whose memory is freed uncleared.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import enum
-import hashlib
+import functools
 import hmac
 import re
 from dataclasses import dataclass
 from typing import Final
+
+from cryptography.hazmat.primitives.hashes import SHA384, Hash
+from cryptography.hazmat.primitives.hmac import HMAC
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 __all__ = [
     "ASSOCIATION_ID_SIZE",
@@ -55,7 +60,8 @@ MAX_IDENTITY_SIZE: Final = 255
 """Bytes that a PSK identity may have at most: the limit of the older PSK callbacks of TLS stacks."""
 
 _TAG_SIZE: Final = 9
-_TLS13: Final = b"\x03\x04"
+_TO_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
+_SHA384: Final = SHA384()
 _ZERO_SALT: Final = bytes(48)
 _SAE_ID_SIZE: Final = 255
 
@@ -79,9 +85,12 @@ class KDF(enum.Enum):
     SHA256 = "sha256"
     """For peers whose TLS stack fixes the hash of external PSKs, such as Node.js."""
 
+    # Members are singletons; Enum's own hash is a call of Python for each look-up.
+    __hash__ = object.__hash__
+
     @property
     def target_kdf(self) -> int:
-        """The value of `target_kdf` in an ImportedIdentity (RFC 9258 section 3.1)."""
+        """The value of `target_kdf` in an ImportedIdentity (RFC 9258 section 5.1)."""
         return 0x0002 if self is KDF.SHA384 else 0x0001
 
     @property
@@ -97,6 +106,12 @@ class KDF(enum.Enum):
         return ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256")
 
 
+# The end of an ImportedIdentity: TLS 1.3 and the hash that the PSK is for (RFC 9258 section 5.1).
+_IMPORT_TARGET: Final = {kdf: b"\x03\x04" + kdf.target_kdf.to_bytes(2, "big") for kdf in KDF}
+# What precedes the hash in the HkdfLabel of RFC 8446 section 7.1, which prepends "tls13 " to the label.
+_LABEL_START: Final = {kdf: kdf.psk_size.to_bytes(2, "big") + b"\x11tls13 derived psk\x30" for kdf in KDF}
+
+
 def association_secret(exporter_secret: bytes, kem_secret: bytes = b"") -> bytes:
     """The association secret, 48 bytes.
 
@@ -109,17 +124,21 @@ def association_secret(exporter_secret: bytes, kem_secret: bytes = b"") -> bytes
     """
     if len(exporter_secret) != EXPORTER_SIZE:
         raise ValueError(f"the exporter secret must have {EXPORTER_SIZE} bytes, not {len(exporter_secret)}")
-    return _extract(b"qkd-tls/1 association secret", exporter_secret, kem_secret)
+    keying_material = _concatenation(exporter_secret, kem_secret)
+    try:
+        return HKDF.extract(_SHA384, b"qkd-tls/1 association secret", keying_material)
+    finally:
+        _wipe(keying_material)
 
 
 def tag_key(association_secret: bytes | bytearray) -> bytes:
     """The key that the tags of an association's PSK identities are made with, 48 bytes."""
-    return _expand(association_secret, b"qkd-tls/1 identity tag", 48)
+    return HKDFExpand(_SHA384, 48, b"qkd-tls/1 identity tag").derive(association_secret)
 
 
 def association_id(association_secret: bytes | bytearray) -> bytes:
     """What both sides know an association by, 16 bytes; public, as it is part of each PSK identity."""
-    return _expand(association_secret, b"qkd-tls/1 association id", ASSOCIATION_ID_SIZE)
+    return HKDFExpand(_SHA384, ASSOCIATION_ID_SIZE, b"qkd-tls/1 association id").derive(association_secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +216,8 @@ def derive_psk(
     client_sae_id: str,
     server_sae_id: str,
     kdf: KDF,
-) -> bytes:
-    """The PSK of a hybrid handshake, `kdf.psk_size` bytes (RFC 9258 section 4.1).
+) -> bytearray:
+    """The PSK of a hybrid handshake, `kdf.psk_size` bytes, to be wiped by the caller (RFC 9258 section 5.1).
 
     Args:
         qkd_key: at least 32 bytes; wiping it is up to the caller.
@@ -217,18 +236,21 @@ def derive_psk(
     if len(association_secret) != ASSOCIATION_SECRET_SIZE:
         raise ValueError(f"an association secret has {ASSOCIATION_SECRET_SIZE} bytes")
     imported = imported_identity(identity, client_sae_id, server_sae_id, kdf)
-    # HKDF-Expand-Label (RFC 8446 section 7.1) prepends "tls13 " to the label.
-    label = (
-        kdf.psk_size.to_bytes(2, "big") + _v8(b"tls13 derived psk") + _v8(hashlib.sha384(imported).digest())
-    )
-    return _expand(_extract(_ZERO_SALT, qkd_key, association_secret), label, kdf.psk_size)
+    label = _LABEL_START[kdf] + _sha384(imported)
+    keying_material, psk = _concatenation(qkd_key, association_secret), bytearray(kdf.psk_size)
+    try:
+        # HKDF-Extract gives epskx, HKDF-Expand with that label the PSK: one call, which keeps epskx to itself.
+        HKDF(_SHA384, kdf.psk_size, _ZERO_SALT, label).derive_into(keying_material, psk)
+    finally:
+        _wipe(keying_material)
+    return psk
 
 
 def imported_identity(identity: bytes, client_sae_id: str, server_sae_id: str, kdf: KDF) -> bytes:
-    """The ImportedIdentity structure (RFC 9258 section 3.1) that a PSK is bound to; never sent.
+    """The ImportedIdentity structure (RFC 9258 section 5.1) that a PSK is bound to; never sent.
 
     Its context holds the client's SAE ID before the server's, so that a message reflected to its sender
-    meets a different PSK (RFC 9258 section 4.1, the Selfie attack).
+    meets a different PSK (RFC 9258 appendix A, the Selfie attack).
 
     Raises:
         ValueError: the identity is empty or has more than 255 bytes, or an SAE ID does not have 1 to 255
@@ -236,8 +258,12 @@ def imported_identity(identity: bytes, client_sae_id: str, server_sae_id: str, k
     """
     if not 1 <= len(identity) <= MAX_IDENTITY_SIZE:
         raise ValueError(f"a PSK identity has 1 to {MAX_IDENTITY_SIZE} bytes, not {len(identity)}")
-    context = _v8(_encoded_sae_id(client_sae_id)) + _v8(_encoded_sae_id(server_sae_id))
-    return _v16(identity) + _v16(context) + _TLS13 + kdf.target_kdf.to_bytes(2, "big")
+    return _v16(identity) + _context(client_sae_id, server_sae_id) + _IMPORT_TARGET[kdf]
+
+
+@functools.lru_cache(maxsize=256)
+def _context(client_sae_id: str, server_sae_id: str) -> bytes:
+    return _v16(_v8(_encoded_sae_id(client_sae_id)) + _v8(_encoded_sae_id(server_sae_id)))
 
 
 def _encoded_sae_id(sae_id: str) -> bytes:
@@ -247,17 +273,18 @@ def _encoded_sae_id(sae_id: str) -> bytes:
     return encoded
 
 
+@functools.lru_cache(maxsize=1024)
 def _head(kdf: KDF, association_id: bytes) -> bytes:
     return b".".join((b"qkd1", kdf.value.encode(), _base64url(association_id)))
 
 
 def _tag(kdf: KDF, association_id: bytes, tag_key: bytes | bytearray, key_id: str) -> bytes:
     text = _head(kdf, association_id) + b"." + key_id.encode("ascii")
-    return hmac.digest(tag_key, text, "sha384")[:_TAG_SIZE]
+    return _hmac(tag_key, text)[:_TAG_SIZE]
 
 
 def _base64url(data: bytes) -> bytes:
-    return base64.urlsafe_b64encode(data).rstrip(b"=")
+    return binascii.b2a_base64(data, newline=False).translate(_TO_URL_SAFE).rstrip(b"=")
 
 
 def _v8(data: bytes) -> bytes:
@@ -268,21 +295,30 @@ def _v16(data: bytes) -> bytes:
     return len(data).to_bytes(2, "big") + data
 
 
-def _extract(salt: bytes, *secrets: bytes | bytearray | memoryview) -> bytes:
-    """HKDF-Extract (RFC 5869 section 2.2) with SHA-384 of the length-prefixed secrets."""
+def _concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
+    """The secrets, each behind its length in two bytes; wiping it is up to the caller."""
     keying_material = bytearray()
-    try:
-        for secret in secrets:
-            view = memoryview(secret)
-            if view.nbytes > 0xFFFF:
-                raise ValueError(f"a secret of {view.nbytes} bytes is too long: the limit is 65535")
-            keying_material += view.nbytes.to_bytes(2, "big")
-            keying_material += view
-        return hmac.digest(salt, keying_material, "sha384")
-    finally:
-        keying_material[:] = bytes(len(keying_material))
+    for secret in secrets:
+        size = memoryview(secret).nbytes
+        if size > 0xFFFF:
+            _wipe(keying_material)
+            raise ValueError(f"a secret of {size} bytes is too long: the limit is 65535")
+        keying_material += size.to_bytes(2, "big")
+        keying_material += secret
+    return keying_material
 
 
-def _expand(key: bytes | bytearray, info: bytes, size: int) -> bytes:
-    """HKDF-Expand (RFC 5869 section 2.3) with SHA-384, to at most 48 bytes: one block is enough."""
-    return hmac.digest(key, info + b"\x01", "sha384")[:size]
+def _wipe(data: bytearray) -> None:
+    data[:] = bytes(len(data))
+
+
+def _hmac(key: bytes | bytearray, text: bytes) -> bytes:
+    keyed = HMAC(key, _SHA384)
+    keyed.update(text)
+    return keyed.finalize()
+
+
+def _sha384(data: bytes) -> bytes:
+    digest = Hash(_SHA384)
+    digest.update(data)
+    return digest.finalize()

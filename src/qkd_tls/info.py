@@ -29,7 +29,7 @@ class Path(enum.StrEnum):
     """Certificates were checked on the connection that made the association."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class QKDInfo:
     """What protected a connection; contains no secrets.
 

@@ -11,10 +11,12 @@ lacks the PSK callbacks, so those are reached through the bindings that pyOpenSS
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
 import ipaddress
 import os
 import ssl
-import weakref
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -52,8 +54,12 @@ DEFAULT_CIPHER_SUITES: Final[dict[KDF, tuple[str, ...]]] = {
     KDF.SHA256: ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"),
 }
 
+_GROUP_SPELLINGS: Final = {"x25519": "X25519", "x448": "X448"}
 _TLS1_3: Final = 0x0304
-_PSK_SUITE: Final = {KDF.SHA384: b"\x13\x02", KDF.SHA256: b"\x13\x01"}
+_PSK_SUITE: Final = {
+    KDF.SHA384: _ffi.new("unsigned char[2]", b"\x13\x02"),
+    KDF.SHA256: _ffi.new("unsigned char[2]", b"\x13\x01"),
+}
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
 _TLSEXT_NAMETYPE_HOST_NAME: Final = 0
@@ -149,6 +155,8 @@ class TLSContext:
 
     def __init__(self, settings: TLSSettings) -> None:
         self.settings = settings
+        # Says for a client which associations it may go on with; cheaper to compare than the settings.
+        self.fingerprint: Final = hashlib.sha256(repr(settings).encode()).digest()
         context = self._context = SSL.Context(SSL.TLS_METHOD)
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_max_proto_version(SSL.TLS1_3_VERSION)
@@ -229,7 +237,7 @@ class TLSConnection:
         context: TLSContext,
         *,
         server_hostname: str | None = None,
-        alpn: Sequence[str] = (),
+        alpn: tuple[str, ...] = (),
         psk: PSK | None = None,
         select_alpn: Callable[[TLSConnection, tuple[bytes, ...]], bytes | None] | None = None,
     ) -> None:
@@ -249,10 +257,9 @@ class TLSConnection:
             _lib.SSL_set_connect_state(self._ssl)
             self._name_the_server(server_hostname)
             if alpn:
-                wire = b"".join(bytes([len(name)]) + name.encode() for name in alpn)
+                wire = _alpn_wire(alpn)
                 # This one function of OpenSSL's returns 0 for success.
                 _require(_lib.SSL_set_alpn_protos(self._ssl, wire, len(wire)) == 0)
-        _connections[_address(self._ssl)] = self
 
     def _name_the_server(self, server_hostname: str | None) -> None:
         if server_hostname is None:
@@ -280,13 +287,12 @@ class TLSConnection:
 
     def take(self) -> bytes:
         """Ciphertext for the transport, all there is."""
-        pointer = _ffi.new("char **")
-        size = _lib.BIO_get_mem_data(self._outgoing, pointer)
+        size = _lib.BIO_get_mem_data(self._outgoing, _ffi.NULL)
         if size <= 0:
             return b""
-        data = _ffi.buffer(pointer[0], size)[:]
-        scratch = _ffi.new("char[]", size)
-        _lib.BIO_read(self._outgoing, scratch, size)
+        data = bytearray(size)
+        with _ffi.from_buffer(data) as buffer:
+            _require(_lib.BIO_read(self._outgoing, buffer, size) == size)
         return bytes(data)
 
     def attach(self, fileno: int) -> None:
@@ -300,23 +306,22 @@ class TLSConnection:
     def handshake(self) -> bool:
         """Go on with the handshake; True when it is complete, False when it needs the peer's bytes."""
         _lib.ERR_clear_error()
-        result = _lib.SSL_do_handshake(self._ssl)
+        _shaking_hands.connection = self
         try:
-            if result != 1:
-                self._raise(result)
-        except ssl.SSLWantReadError:
+            result = _lib.SSL_do_handshake(self._ssl)
+        finally:
+            _shaking_hands.connection = None
+        if result != 1 and _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
             return False
-        except BaseException:
-            self._handshake_over()
-            raise
         self._handshake_over()
+        if result != 1:
+            self._raise(result)
         return True
 
     def _handshake_over(self) -> None:
         self._select_alpn = None
-        if self._psk is not None:
-            self._psk.wipe()
-            self._psk = None
+        # OpenSSL has its own copy, which it cleanses; wiping ours is up to whoever made it.
+        self._psk = None
 
     @property
     def psk_accepted(self) -> bool:
@@ -335,14 +340,19 @@ class TLSConnection:
         """The key exchange group by OpenSSL's name."""
         # OpenSSL prints the classical groups by their older, lower-case names.
         name: str = _ffi.string(_lib.SSL_get0_group_name(self._ssl)).decode()
-        return {"x25519": "X25519", "x448": "X448"}.get(name, name)
+        return _GROUP_SPELLINGS.get(name, name)
+
+    @property
+    def cipher_suite(self) -> str:
+        """Name of the cipher suite."""
+        name: str = _ffi.string(_lib.SSL_CIPHER_get_name(_lib.SSL_get_current_cipher(self._ssl))).decode()
+        return name
 
     @property
     def cipher(self) -> tuple[str, str, int]:
         """Name, protocol version and secret bits, as `ssl.SSLSocket.cipher` gives them."""
-        cipher = _lib.SSL_get_current_cipher(self._ssl)
-        name = _ffi.string(_lib.SSL_CIPHER_get_name(cipher)).decode()
-        return name, "TLSv1.3", _lib.SSL_CIPHER_get_bits(cipher, _ffi.NULL)
+        bits = _lib.SSL_CIPHER_get_bits(_lib.SSL_get_current_cipher(self._ssl), _ffi.NULL)
+        return self.cipher_suite, "TLSv1.3", bits
 
     @property
     def peer_certificate(self) -> bytes | None:
@@ -455,23 +465,34 @@ class TLSConnection:
         return error
 
 
-# --- callbacks: OpenSSL hands over the SSL pointer, by which they find their connection
-
-_connections: Final[weakref.WeakValueDictionary[int, TLSConnection]] = weakref.WeakValueDictionary()
+# --- callbacks: they run inside SSL_do_handshake, in its thread
 
 
-def _address(pointer: Any) -> int:
-    return int(_ffi.cast("uintptr_t", pointer))
+class _ShakingHands(threading.local):
+    connection: TLSConnection | None = None
+
+
+_shaking_hands: Final = _ShakingHands()
+
+
+def _current(pointer: Any) -> TLSConnection:
+    connection = _shaking_hands.connection
+    # Any other SSL object must never get this connection's key.
+    _require(connection is not None and connection._ssl == pointer)
+    assert connection is not None
+    return connection
 
 
 def _session(pointer: Any, psk: PSK) -> Any:
     session = _lib.Cryptography_SSL_SESSION_new()
-    cipher = _lib.SSL_CIPHER_find(pointer, _ffi.new("unsigned char[2]", _PSK_SUITE[psk.kdf]))
+    cipher = _lib.SSL_CIPHER_find(pointer, _PSK_SUITE[psk.kdf])
     with _ffi.from_buffer(psk.secret) as secret:
-        _require(cipher != _ffi.NULL)
-        _require(_lib.SSL_SESSION_set1_master_key(session, secret, len(psk.secret)) == 1)
-        _require(_lib.SSL_SESSION_set_cipher(session, cipher) == 1)
-        _require(_lib.SSL_SESSION_set_protocol_version(session, _TLS1_3) == 1)
+        _require(
+            cipher != _ffi.NULL
+            and _lib.SSL_SESSION_set1_master_key(session, secret, len(psk.secret)) == 1
+            and _lib.SSL_SESSION_set_cipher(session, cipher) == 1
+            and _lib.SSL_SESSION_set_protocol_version(session, _TLS1_3) == 1
+        )
     return session
 
 
@@ -480,7 +501,7 @@ def _session(pointer: Any, psk: PSK) -> Any:
 )
 def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, session: Any) -> int:
     """Client: which PSK to offer. Called again after a HelloRetryRequest, and then gives the same one."""
-    connection = _connections[_address(pointer)]
+    connection = _current(pointer)
     psk = connection._psk
     if psk is None:
         session[0] = _ffi.NULL
@@ -497,7 +518,7 @@ def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, sess
 )
 def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any) -> int:
     """Server: the PSK of an identity. None means: not this one, go on with certificates."""
-    psk = _connections[_address(pointer)]._psk
+    psk = _current(pointer)._psk
     if psk is None or bytes(_ffi.buffer(identity, identity_size)) != psk.identity:
         session[0] = _ffi.NULL
         return 1
@@ -510,7 +531,7 @@ def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any)
     error=_lib.SSL_TLSEXT_ERR_ALERT_FATAL,
 )
 def _select_alpn(pointer: Any, out: Any, out_size: Any, offered: Any, size: int, _argument: Any) -> int:
-    connection = _connections[_address(pointer)]
+    connection = _current(pointer)
     wire = bytes(_ffi.buffer(offered, size))
     names = []
     while wire:
@@ -533,6 +554,12 @@ def _memory(data: bytes) -> Any:
     return _ffi.gc(_lib.BIO_new_mem_buf(buffer, len(data)), lambda bio, _keep=buffer: _lib.BIO_free(bio))
 
 
+@functools.lru_cache(maxsize=256)
+def _alpn_wire(names: tuple[str, ...]) -> bytes:
+    return b"".join(bytes([len(name)]) + name.encode() for name in names)
+
+
+@functools.lru_cache(maxsize=256)
 def _ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         return ipaddress.ip_address(name)

@@ -9,7 +9,7 @@ from qkd_tls.hybrid import KDF
 __all__ = ["PSK"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PSK:
     """An external PSK: the identity on the wire (ASCII, at most 255 bytes) and the secret (32 or 48 bytes)."""
 

@@ -40,15 +40,21 @@ class RecordBuffer:
         if not data:
             return None
         if data[0] not in _CONTENT_TYPES or (len(data) > 1 and data[1] != 3):
-            return self.take(len(data))
+            return self.take_all()
         if len(data) < _HEADER_SIZE:
             return None
         length = int.from_bytes(data[3:5], "big")
         if length > _LARGEST_FRAGMENT:
-            return self.take(len(data))
+            return self.take_all()
         if len(data) < _HEADER_SIZE + length:
             return None
         return self.take(_HEADER_SIZE + length)
+
+    def take_all(self) -> bytes:
+        """Remove and return everything."""
+        taken = bytes(self._data)
+        self._data.clear()
+        return taken
 
     def take(self, size: int) -> bytes:
         """Remove and return the first bytes."""

@@ -73,7 +73,9 @@ class QKDSocket(socket.socket):
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
             raise NotImplementedError("only stream sockets are supported")
         # Complains about arguments that do not fit before the socket is taken over.
-        engine = context.new_engine(server_side=server_side, server_hostname=server_hostname)
+        engine = context.new_engine(
+            server_side=server_side, server_hostname=server_hostname, server_port=_peer_port(sock)
+        )
         self = cls.__new__(cls)
         timeout = sock.gettimeout()
         socket.socket.__init__(self, sock.family, sock.type, sock.proto, sock.fileno())
@@ -471,7 +473,11 @@ class QKDSocket(socket.socket):
         if self._connected:
             raise ValueError("attempt to connect already-connected QKDSocket!")
         socket.socket.connect(self, address)
-        self._start(self._context.new_engine(server_side=False, server_hostname=self.server_hostname))
+        self._start(
+            self._context.new_engine(
+                server_side=False, server_hostname=self.server_hostname, server_port=_peer_port(self)
+            )
+        )
         if self.do_handshake_on_connect:
             self.do_handshake()
 
@@ -541,6 +547,15 @@ class QKDSocket(socket.socket):
         raise NotImplementedError(
             "set verify_mode on the server: it asks for the certificate in the bootstrap"
         )
+
+
+def _peer_port(sock: socket.socket) -> int | None:
+    """The peer's TCP port; None before connecting, and for other kinds of address."""
+    try:
+        address = sock.getpeername()
+    except OSError:
+        return None
+    return address[1] if isinstance(address, tuple) else None
 
 
 def _no_flags(flags: int, name: str) -> None:

@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TypeAlias
 
 import pytest
@@ -131,7 +130,7 @@ class TestInputs:
             derive_psk(qkd_key, A, identity, "clients", "erver", KDF.SHA384),
             derive_psk(qkd_key, A, identity, "client", "server", KDF.SHA256),
         ]
-        assert len({psk[:32] for psk in psks}) == len(psks)
+        assert len({bytes(psk[:32]) for psk in psks}) == len(psks)
 
     def test_any_other_secret_gives_another_association(self) -> None:
         first, second = bytes(48), b"\x01" + bytes(47)
@@ -292,16 +291,18 @@ def test_exporter() -> None:
 
 
 def test_concatenated_secrets_are_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bytearray] = []
+    joined: list[bytearray] = []
+    lengths: list[int] = []
 
-    def digest(key: bytes, message: bytearray, name: str) -> bytes:
-        if isinstance(message, bytearray):
-            assert any(message)
-            seen.append(message)
-        return hmac.new(key, message, name).digest()
+    def concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
+        joined.append(original(*secrets))
+        lengths.append(len(joined[-1]))
+        assert any(joined[-1])
+        return joined[-1]
 
-    monkeypatch.setattr(hybrid, "hmac", SimpleNamespace(digest=digest))
+    original = hybrid._concatenation
+    monkeypatch.setattr(hybrid, "_concatenation", concatenation)
     association_secret(b"\x01" * 48, b"\x02" * 32)
     derive_psk(b"\x03" * 32, A, IDENTITY.encode(), "client", "server", KDF.SHA384)
-    assert [len(joined) for joined in seen] == [2 + 48 + 2 + 32, 2 + 32 + 2 + 48]
-    assert not any(map(any, seen))
+    assert lengths == [2 + 48 + 2 + 32, 2 + 32 + 2 + 48]
+    assert not any(map(any, joined))

@@ -31,17 +31,22 @@ from qkd_tls.policy import Policy
 from qkd_tls.psk import PSK
 from qkd_tls.records import RecordBuffer
 
-__all__ = ["ALPN_PROTOCOL", "NO_KMS", "Engine", "EngineConfig", "wipe_keys"]
+__all__ = ["ALPN_PROTOCOL", "NEVER_FALL_BACK", "NO_KMS", "Engine", "EngineConfig", "wipe_keys"]
 
 ALPN_PROTOCOL: Final = "qkd-tls/1"
 NO_KMS: Final = "none"
 """The `kms` of an offer by which a client whose policy is `prefer` says that it has no key to offer."""
 
+NEVER_FALL_BACK: Final = frozenset(
+    {RejectCode.MALFORMED, RejectCode.KEM_REQUIRED, RejectCode.UNSUPPORTED_VERSION}
+)
+"""Reject codes that end the connection under every policy: no QKD cause, but a peer that is not understood."""
+
 _READ_SIZE: Final = 1 << 16
 _MIN_KEY_BITS: Final = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EngineConfig:
     """What an engine has to know. `lifetime` in seconds, `clock` gives Unix seconds."""
 
@@ -53,11 +58,8 @@ class EngineConfig:
     kms_protocol: str = ""
     """Its name on the wire, e.g. "etsi-014"."""
     sae_id: str = ""
-    peer_sae_id: str | None = None
-    """Client: the server's SAE ID, where known; else it asks."""
     allowed_peer_sae_ids: frozenset[str] | None = None
     """SAE IDs that keys may be shared with; None for any that the KMS allows."""
-    server_hostname: str | None = None
     alpn: tuple[str, ...] = ()
     kdf: KDF = KDF.SHA384
     kem: str | None = None
@@ -94,6 +96,7 @@ class Engine:
         self._bootstrapped = False
         self._info: QKDInfo | None = None
         self._error: Exception | None = None
+        self._peer_sae_id: str | None = None
 
     # --- what a driver calls
 
@@ -136,12 +139,13 @@ class Engine:
         self._kms_round_trips += 1
         if not isinstance(result, KMSError):
             result = self._checked(fetch, result)
-        self._guard(lambda: self._on_keys(result))
-        self._guard(self._advance)
+        self._guard(self._go_on_with, result)
 
     def data_to_send(self) -> bytes:
         """Bytes for the transport; empty where there are none."""
         self._collect()
+        if not self._out:
+            return b""
         data = bytes(self._out)
         self._out.clear()
         return data
@@ -157,19 +161,19 @@ class Engine:
     def abort(self) -> None:
         """Give up (a deadline has passed, say): wipe what was to be used."""
         if self._state not in (State.ESTABLISHED, State.FAILED):
-            self._guard(lambda: self._fail(ssl.SSLError(ssl.SSL_ERROR_SSL, "the handshake was given up")))
+            self._guard(self._fail, ssl.SSLError(ssl.SSL_ERROR_SSL, "the handshake was given up"))
 
     # --- state
 
     def _go(self, event: Event) -> None:
         self._state = TRANSITIONS[self._state, event]
 
-    def _guard(self, step: Callable[[], object]) -> None:
+    def _guard(self, step: Callable[..., object], *arguments: object) -> None:
         """Run a step; an error of the peer, the KMS or OpenSSL ends the handshake and waits for `next_action`."""
         if self._state is State.FAILED:
             return
         try:
-            step()
+            step(*arguments)
         except OSError as error:
             self._collect()
             self._state = State.FAILED
@@ -197,6 +201,11 @@ class Engine:
     def _collect(self) -> None:
         if self._tls is not None and not self._tls.attached:
             self._out += self._tls.take()
+
+    def _go_on_with(self, result: list[QKDKey] | KMSError) -> None:
+        self._on_keys(result)
+        # The peer's next flight may have come in the meantime.
+        self._advance()
 
     # --- steps, filled in by the roles
 
@@ -236,17 +245,10 @@ class Engine:
 
     # --- TLS
 
-    def _handshake(self) -> bool:
-        """Feed records to the handshake until it is complete (True) or more are needed (False)."""
+    def _feed_all(self) -> None:
+        """Give TLS all that has come: where no other connection follows on the transport before our next flight."""
         assert self._tls is not None
-        done = self._run_handshake()
-        while not done:
-            record = self._records.next_record()
-            if record is None:
-                return False
-            self._tls.feed(record)
-            done = self._run_handshake()
-        return True
+        self._tls.feed(self._records.take_all())
 
     def _run_handshake(self) -> bool:
         assert self._tls is not None
@@ -332,14 +334,14 @@ class Engine:
         assert self._tls is not None
         self._go(event)
         # What came with the last flight already is application data.
-        self._tls.feed(self._records.take(len(self._records)))
+        self._feed_all()
         group = self._tls.group
         association = self._association if event is Event.PSK_ACCEPTED else None
         if association is None:
             self._info = QKDInfo(
                 protection=Protection.PQ_ONLY if group in ML_KEM_GROUPS else Protection.CLASSICAL,
                 group=group,
-                cipher=self._tls.cipher[0],
+                cipher=self._tls.cipher_suite,
                 alpn=alpn,
                 kms_round_trips=self._kms_round_trips,
                 fallback=self._fallback,
@@ -349,7 +351,7 @@ class Engine:
         self._info = QKDInfo(
             protection=Protection.HYBRID,
             group=group,
-            cipher=self._tls.cipher[0],
+            cipher=self._tls.cipher_suite,
             alpn=alpn,
             path=Path.BOOTSTRAP if self._bootstrapped else Path.ASSOCIATED,
             key_id=self._psk.key_id,
@@ -371,7 +373,7 @@ class Engine:
                 QKDUnavailable(
                     why,
                     hint=hint,
-                    peer=error.peer if error else self._config.peer_sae_id,
+                    peer=error.peer if error else self._peer_sae_id,
                     kms=error.kms if error else self._config.kms,
                     key_ids=error.key_ids if error else (),
                     code=code,

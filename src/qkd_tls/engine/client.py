@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ssl
 from collections.abc import Hashable
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from kms_client import KMSError, QKDKey
 from qkd_tls import control, kems
 from qkd_tls.association import Association, AssociationEnded
 from qkd_tls.control import RejectCode
-from qkd_tls.engine.base import ALPN_PROTOCOL, NO_KMS, Engine, EngineConfig, wipe_keys
+from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig, wipe_keys
 from qkd_tls.engine.hints import CLIENT_HINTS, REJECT_HINTS, with_hint
 from qkd_tls.engine.states import Event, FetchKeys, State
 from qkd_tls.errors import QKDProtocolError, QKDUnavailable
@@ -19,15 +19,23 @@ from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
 
 __all__ = ["ClientEngine"]
 
-_NEVER_FALL_BACK: Final = frozenset({RejectCode.MALFORMED, RejectCode.KEM_REQUIRED})
-
 
 class ClientEngine(Engine):
     """The TLS client, which is the master SAE: it asks its KMS for fresh keys."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        server_hostname: str | None = None,
+        server_port: int | None = None,
+        server_sae_id: str | None = None,
+    ) -> None:
+        """`server_hostname` is ASCII; where `server_sae_id` is not known, the server is asked."""
         super().__init__(config, State.CLIENT_START)
-        self._server_sae_id = config.peer_sae_id
+        self._server_hostname = server_hostname
+        self._server_port = server_port
+        self._peer_sae_id = self._known_sae_id = server_sae_id
         self._server_max_keys: int | None = None
         self._offered: list[QKDKey] = []
         self._kem_key: kems.KEMKey | None = None
@@ -38,8 +46,13 @@ class ClientEngine(Engine):
     @property
     def _scope(self) -> Hashable:
         """What an association may be used for again: the same server, reached under the same conditions."""
-        config = self._config
-        return config.context.settings, config.server_hostname, config.peer_sae_id, config.sae_id
+        return (
+            self._config.context.fingerprint,
+            self._server_hostname,
+            self._server_port,
+            self._known_sae_id,
+            self._config.sae_id,
+        )
 
     def _start(self) -> None:
         if not self._config.uses_qkd:
@@ -78,14 +91,17 @@ class ClientEngine(Engine):
     def _new_connection(self, *, speak_qkd: bool = True) -> TLSConnection:
         alpn = (ALPN_PROTOCOL, *self._config.alpn) if speak_qkd else self._config.alpn
         return TLSConnection(
-            self._config.context, server_hostname=self._config.server_hostname, alpn=alpn, psk=self._psk
+            self._config.context, server_hostname=self._server_hostname, alpn=alpn, psk=self._psk
         )
 
     # --- progress
 
     def _advance(self) -> None:
-        if self._state is State.CLIENT_HELLO and self._handshake():
-            self._after_first_handshake()
+        if self._state is State.CLIENT_HELLO:
+            # In a bootstrap the server sends nothing more before it has an offer.
+            self._feed_all()
+            if self._run_handshake():
+                self._after_first_handshake()
         while self._state in (State.CLIENT_DISCOVER, State.CLIENT_OFFER):
             try:
                 message = self._read_message()
@@ -94,8 +110,10 @@ class ClientEngine(Engine):
             if message is None:
                 return
             self._on_message(message)
-        if self._state is State.CLIENT_HYBRID and self._handshake():
-            self._after_hybrid_handshake()
+        if self._state is State.CLIENT_HYBRID:
+            self._feed_all()
+            if self._run_handshake():
+                self._after_hybrid_handshake()
 
     def _after_first_handshake(self) -> None:
         assert self._tls is not None
@@ -111,11 +129,11 @@ class ClientEngine(Engine):
         if alpn != ALPN_PROTOCOL:
             if self._config.uses_qkd and self._fallback is None:
                 self._no_qkd(
-                    f"the server {self._config.server_hostname or ''} does not speak {ALPN_PROTOCOL}, or has no KMS",
+                    f"the server {self._server_hostname or ''} does not speak {ALPN_PROTOCOL}, or has no KMS",
                     hint="configure a key manager on the server; policy 'prefer' would go on without a QKD key",
                 )
             self._establish(Event.PLAIN, alpn)
-        elif self._server_sae_id is None:
+        elif self._peer_sae_id is None:
             self._go(Event.BOOTSTRAP_UNKNOWN_PEER)
             self._send_message(control.Discover())
         else:
@@ -123,7 +141,7 @@ class ClientEngine(Engine):
             self._want_offer_keys()
 
     def _want_offer_keys(self) -> None:
-        assert self._server_sae_id is not None
+        assert self._peer_sae_id is not None
         number = 1 + self._config.announced_keys
         if self._server_max_keys is not None:
             number = min(number, self._server_max_keys)
@@ -131,7 +149,7 @@ class ClientEngine(Engine):
             # The key that was fetched for an association which has ended meanwhile.
             self._make_offer(self._offered)
         else:
-            self._fetch = FetchKeys(self._server_sae_id, number)
+            self._fetch = FetchKeys(self._peer_sae_id, number)
 
     def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
         if isinstance(result, KMSError):
@@ -150,7 +168,7 @@ class ClientEngine(Engine):
             self._make_offer(result)
 
     def _make_offer(self, keys: list[QKDKey]) -> None:
-        assert self._tls is not None and self._server_sae_id is not None
+        assert self._tls is not None and self._peer_sae_id is not None
         self._offered = keys
         name = self._config.kem
         if name is None and self._tls.group not in ML_KEM_GROUPS:
@@ -159,9 +177,7 @@ class ClientEngine(Engine):
         if name is not None:
             self._kem_key = kems.generate(name)
             offered_kem = control.KEMOffer(name, self._kem_key.encapsulation_key)
-        self._pipelined = (
-            self._config.pipelined and offered_kem is None and self._config.peer_sae_id is not None
-        )
+        self._pipelined = self._config.pipelined and offered_kem is None and self._known_sae_id is not None
         self._go(Event.KEYS)
         self._send_message(
             control.Offer(
@@ -177,12 +193,12 @@ class ClientEngine(Engine):
 
     def _start_hybrid(self, kem_secret: bytes) -> None:
         """Derive everything and make the second ClientHello."""
-        assert self._tls is not None and self._server_sae_id is not None
+        assert self._tls is not None and self._peer_sae_id is not None
         self._association = Association(
             secret=self._association_secret(kem_secret),
             client_sae_id=self._config.sae_id,
-            server_sae_id=self._server_sae_id,
-            server_name=self._config.server_hostname,
+            server_sae_id=self._peer_sae_id,
+            server_name=self._server_hostname,
             # What the server grants comes with its accept.
             expires_at=self._until(self._config.lifetime),
             peer_certificate=self._tls.peer_certificate,
@@ -218,7 +234,7 @@ class ClientEngine(Engine):
                     code=RejectCode.UNKNOWN_SAE,
                 )
             )
-        self._server_sae_id = message.sae_id
+        self._peer_sae_id = message.sae_id
         self._server_max_keys = message.max_keys
         self._go(Event.IDENTITY)
         self._want_offer_keys()
@@ -229,9 +245,9 @@ class ClientEngine(Engine):
         offered = {key.key_id for key in self._offered}
         if first is None or first not in message.key_ids or not offered.issuperset(message.key_ids):
             raise self._malformed("accept does not name the key that was offered for this connection")
-        if message.sae_id != self._server_sae_id:
+        if message.sae_id != self._peer_sae_id:
             raise QKDProtocolError(
-                f"the server is SAE {message.sae_id!r}, the keys are for {self._server_sae_id!r}",
+                f"the server is SAE {message.sae_id!r}, the keys are for {self._peer_sae_id!r}",
                 hint="correct peer_sae_id, or leave it out and let the client ask",
                 peer=message.sae_id,
             )
@@ -262,8 +278,8 @@ class ClientEngine(Engine):
         if message.detail:
             why += f" ({message.detail})"
         hint = REJECT_HINTS.get(message.code, "look at the server's log")
-        if message.code in _NEVER_FALL_BACK:
-            self._fail(QKDProtocolError(why, hint=hint, peer=self._server_sae_id, code=message.code))
+        if message.code in NEVER_FALL_BACK:
+            self._fail(QKDProtocolError(why, hint=hint, peer=self._peer_sae_id, code=message.code))
         if self._fallback is None:
             self._no_qkd(why, hint=hint, code=message.code)
         self._establish(Event.REJECT, message.alpn)
@@ -276,7 +292,7 @@ class ClientEngine(Engine):
                     f"the server accepted key {self._psk.key_id} and then did not use it",
                     hint="look at the server's log; two servers behind one address must share one process, or each "
                     "connection must stay with one of them",
-                    peer=self._server_sae_id,
+                    peer=self._peer_sae_id,
                     key_ids=(self._psk.key_id,),
                 )
             )
@@ -296,7 +312,7 @@ class ClientEngine(Engine):
         raise QKDUnavailable(
             "the server closed the bootstrap connection before it had answered the offer",
             hint="look at the server's log",
-            peer=self._server_sae_id,
+            peer=self._peer_sae_id,
         )
 
     def _explained(self, error: ssl.SSLError) -> ssl.SSLError:

@@ -16,7 +16,7 @@ from qkd_tls.client_hello import (
     read_handshake_message,
 )
 from qkd_tls.control import RejectCode
-from qkd_tls.engine.base import ALPN_PROTOCOL, NO_KMS, Engine, EngineConfig
+from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig, wipe_keys
 from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
 from qkd_tls.engine.states import Event, FetchKeysByID, State
 from qkd_tls.errors import QKDUnavailable
@@ -37,6 +37,7 @@ class ServerEngine(Engine):
         super().__init__(config, State.SERVER_HELLO)
         self._hello: ClientHello | None = None
         self._identity: PSKIdentity | None = None
+        self._encoded = b""
         self._offer: control.Offer | None = None
         self._rejection: tuple[RejectCode, str, KMSError | None] | None = None
         self._discovered = False
@@ -48,8 +49,7 @@ class ServerEngine(Engine):
             if before is State.SERVER_HELLO:
                 self._read_hello()
             elif before is State.SERVER_HANDSHAKE:
-                if self._handshake():
-                    self._after_handshake()
+                self._handshake()
             elif before is State.SERVER_CONTROL:
                 self._read_control()
             elif before is State.SERVER_SKIP:
@@ -90,7 +90,7 @@ class ServerEngine(Engine):
         except ValueError:
             self._start_handshake(Event.NO_KEY_NEEDED)
             return
-        self._identity, self._association = identity, association
+        self._identity, self._encoded, self._association = identity, encoded, association
         if key is not None:
             self._start_handshake(Event.KEY_AT_HAND, key, announced=not self._bootstrapped)
         else:
@@ -101,7 +101,9 @@ class ServerEngine(Engine):
         if key is not None:
             assert self._association is not None and self._identity is not None
             try:
-                self._psk = self._association.psk(key, self._identity.kdf, announced=announced)
+                self._psk = self._association.psk(
+                    key, self._identity.kdf, identity=self._encoded, announced=announced
+                )
             except ValueError:
                 # The association has ended meanwhile; the client will bootstrap.
                 key.wipe()
@@ -140,16 +142,33 @@ class ServerEngine(Engine):
         else:
             self._start_handshake(Event.KEYS, result[0])
 
+    def _handshake(self) -> None:
+        assert self._tls is not None
+        while self._state is State.SERVER_HANDSHAKE:
+            if self._tls.psk_accepted:
+                self._feed_all()
+            else:
+                # A pipelined offer and the ClientHello behind it may follow in the same flight.
+                record = self._records.next_record()
+                if record is None:
+                    return
+                self._tls.feed(record)
+            if self._run_handshake():
+                self._after_handshake()
+            elif self._tls.psk_accepted and not len(self._records):
+                return
+
     def _after_handshake(self) -> None:
         assert self._tls is not None
         if self._tls.psk_accepted:
-            self._establish(Event.PSK_ACCEPTED, self._tls.alpn)
+            self._establish(Event.PSK_ACCEPTED, self._app_alpn)
             return
         self._forget_psk()
         self._association = None
         self._bootstrapped = False
         if self._tls.alpn == ALPN_PROTOCOL:
             self._frames = control.FrameReader()
+            self._offer = None
             self._discovered = False
             self._go(Event.BOOTSTRAP)
             return
@@ -166,9 +185,9 @@ class ServerEngine(Engine):
         try:
             message = self._read_message()
         except control.UnsupportedVersion as error:
-            self._refuse(RejectCode.UNSUPPORTED_VERSION, str(error))
+            self._reject(RejectCode.UNSUPPORTED_VERSION, str(error))
         except control.MalformedMessage as error:
-            self._refuse(RejectCode.MALFORMED, str(error))
+            self._reject(RejectCode.MALFORMED, str(error))
         else:
             if isinstance(message, control.Discover) and not self._discovered:
                 self._discovered = True
@@ -182,38 +201,45 @@ class ServerEngine(Engine):
             elif isinstance(message, control.Offer):
                 self._on_offer(message)
             elif message is not None:
-                self._refuse(
+                self._reject(
                     RejectCode.MALFORMED, f"{type(message).__name__.lower()} where it does not belong"
                 )
 
     def _on_offer(self, offer: control.Offer) -> None:
-        assert self._tls is not None
         self._offer = offer
-        config = self._config
-        if self._frames.unread:
-            self._refuse(RejectCode.MALFORMED, "bytes after the offer")
-        if len(offer.key_ids) > config.max_keys:
-            self._refuse(
-                RejectCode.MALFORMED, f"{len(offer.key_ids)} keys offered, at most {config.max_keys}"
-            )
-        if offer.kem is None and self._tls.group not in ML_KEM_GROUPS:
-            self._refuse(
-                RejectCode.KEM_REQUIRED, f"the group {self._tls.group} has no ML-KEM: offer an explicit KEM"
-            )
-        if offer.kms != config.kms_protocol:
-            self._reject(
-                RejectCode.UNSUPPORTED_KMS,
-                "the client has no QKD key to offer"
-                if offer.kms == NO_KMS
-                else f"keys from a KMS of kind {offer.kms!r} cannot be looked up here, only {config.kms_protocol!r}",
-            )
-        elif offer.kem is not None and offer.kem.name not in kems.names():
-            self._reject(RejectCode.UNSUPPORTED_KEM, f"KEM {offer.kem.name!r} is not available here")
-        elif config.allowed_peer_sae_ids is not None and offer.sae_id not in config.allowed_peer_sae_ids:
-            self._reject(RejectCode.UNKNOWN_SAE, f"SAE {offer.sae_id!r} is not allowed here")
-        else:
+        objection = self._objection(offer)
+        if objection is None:
             self._fetch = FetchKeysByID(offer.sae_id, offer.key_ids)
             self._go(Event.OFFER)
+        else:
+            self._reject(*objection)
+
+    def _objection(self, offer: control.Offer) -> tuple[RejectCode, str] | None:
+        """What keeps us from asking our KMS, the worst first."""
+        assert self._tls is not None
+        config = self._config
+        if self._frames.unread:
+            return RejectCode.MALFORMED, "bytes after the offer"
+        if len(offer.key_ids) > config.max_keys:
+            return RejectCode.MALFORMED, f"{len(offer.key_ids)} keys offered, at most {config.max_keys}"
+        if offer.kem is None and self._tls.group not in ML_KEM_GROUPS:
+            return (
+                RejectCode.KEM_REQUIRED,
+                f"the group {self._tls.group} has no ML-KEM: offer an explicit KEM",
+            )
+        if offer.kms == NO_KMS:
+            return RejectCode.UNSUPPORTED_KMS, "the client has no QKD key to offer"
+        if offer.kms != config.kms_protocol:
+            ours = config.kms_protocol
+            return (
+                RejectCode.UNSUPPORTED_KMS,
+                f"no keys of a KMS of kind {offer.kms!r} here, only of {ours!r}",
+            )
+        if offer.kem is not None and offer.kem.name not in kems.names():
+            return RejectCode.UNSUPPORTED_KEM, f"KEM {offer.kem.name!r} is not available here"
+        if config.allowed_peer_sae_ids is not None and offer.sae_id not in config.allowed_peer_sae_ids:
+            return RejectCode.UNKNOWN_SAE, f"SAE {offer.sae_id!r} is not allowed here"
+        return None
 
     def _answer_offer(self, result: list[QKDKey] | KMSError) -> None:
         assert self._tls is not None and self._offer is not None
@@ -226,7 +252,9 @@ class ServerEngine(Engine):
             try:
                 ciphertext, kem_secret = kems.encapsulate(self._offer.kem.name, self._offer.kem.ek)
             except kems.KEMError as error:
-                self._refuse(RejectCode.MALFORMED, str(error))
+                wipe_keys(result)
+                self._reject(RejectCode.MALFORMED, str(error))
+                return
         expires_at = self._until(self._config.lifetime)
         association = Association(
             secret=self._association_secret(kem_secret),
@@ -251,21 +279,12 @@ class ServerEngine(Engine):
         self._bootstrapped = True
         self._go(Event.KEYS)
 
-    def _refuse(self, code: RejectCode, detail: str) -> NoReturn:
-        """Reject for a reason that no policy lets pass, and end."""
-        self._send_message(control.Reject(code, detail, None))
-        error = self._malformed(detail)
-        error.code = code
-        self._fail(error)
-
     def _reject(self, code: RejectCode, detail: str, error: KMSError | None = None) -> None:
-        """Reject for a reason that policy `prefer` lets pass."""
-        assert self._offer is not None
-        self._send_message(control.Reject(code, detail, self._app_alpn))
+        self._send_message(control.Reject(code, detail, None if code in NEVER_FALL_BACK else self._app_alpn))
         self._rejection = (code, f"{error or detail}", error)
-        if self._offer.pipelined:
-            # Skipped even where an error follows: closing with bytes unread would reset the transport, and the client
-            # might never see the reject.
+        if self._offer is not None and self._offer.pipelined:
+            # Skipped even where an error follows: closing with bytes unread would reset the transport, and the
+            # client might never see the reject.
             self._go(Event.REJECT_PIPELINED)
         else:
             self._after_reject(Event.REJECT)
@@ -282,13 +301,15 @@ class ServerEngine(Engine):
             self._after_reject(Event.SKIPPED)
 
     def _after_reject(self, event: Event) -> None:
-        assert self._offer is not None and self._rejection is not None
+        assert self._rejection is not None
         code, detail, error = self._rejection
+        if code in NEVER_FALL_BACK:
+            broken = self._malformed(detail)
+            broken.code = code
+            self._fail(broken)
+        client = f" for client SAE {self._offer.sae_id!r}" if self._offer is not None else ""
         self._no_qkd(
-            f"no QKD key for client SAE {self._offer.sae_id!r}: {code} ({detail})",
-            hint=REJECT_HINTS[code],
-            error=error,
-            code=code,
+            f"no QKD key{client}: {code} ({detail})", hint=REJECT_HINTS[code], error=error, code=code
         )
         self._establish(event, self._app_alpn)
 

@@ -39,6 +39,9 @@ class State(enum.Enum):
     ESTABLISHED = "established"
     FAILED = "failed"
 
+    # Members are singletons; Enum's own hash is a call of Python for each look-up in TRANSITIONS.
+    __hash__ = object.__hash__
+
 
 class Event(enum.Enum):
     """What moves a handshake from state to state."""
@@ -59,6 +62,8 @@ class Event(enum.Enum):
     REJECT = "reject, and policy lets go on"
     REJECT_PIPELINED = "reject of a pipelined offer, and policy lets go on"
     SKIPPED = "ClientHello skipped"
+
+    __hash__ = object.__hash__
 
 
 TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
