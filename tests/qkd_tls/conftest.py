@@ -1,0 +1,57 @@
+"""Fixtures for the tests over real sockets: certificates, a pair of KMEs, and the two sites of a link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from socket_support import Authority, Identity, Lab, LocalLab
+
+from kms_client.emulator import Faults, RunningPair, run_pair
+
+
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="session")
+def server_identity(ca: Authority) -> Identity:
+    return ca.issue("server")
+
+
+@pytest.fixture(scope="session")
+def client_identity(ca: Authority) -> Identity:
+    return ca.issue("client", ["client.example"])
+
+
+@pytest.fixture(scope="session")
+def running_kmes() -> Iterator[RunningPair]:
+    with run_pair(rate=2000.0, buffer=2000) as pair:
+        yield pair
+
+
+@pytest.fixture
+def kmes(running_kmes: RunningPair) -> Iterator[RunningPair]:
+    """Two KMEs over mutual TLS. Whatever a test makes of them is put right again."""
+    yield running_kmes
+    for side in ("a", "b"):
+        faults = running_kmes.faults(side)
+        for name, value in vars(Faults()).items():
+            setattr(faults, name, value)
+
+
+@pytest.fixture
+def lab(
+    ca: Authority, server_identity: Identity, client_identity: Identity, kmes: RunningPair
+) -> Iterator[Lab]:
+    """The client's and the server's site, with their KMEs."""
+    lab = Lab(ca, server_identity, client_identity, kmes)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def local(ca: Authority, server_identity: Identity, client_identity: Identity) -> LocalLab:
+    """The two sites with a KMS in the process."""
+    return LocalLab(ca, server_identity, client_identity)
