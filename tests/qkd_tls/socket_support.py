@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_client import LocalKeyManager
-from kms_client.emulator import RunningPair
+from kms_client import Etsi014Client, KMSStatus, LocalKeyManager, QKDKey
+from kms_client.emulator import DemoPKI, RunningPair
 from qkd_tls import QKDContext, QKDInfo, QKDSocket, create_default_context
 
 TIMEOUT = 20
@@ -216,6 +216,12 @@ class Lab:
     kmes: RunningPair | None = None
     _close: list[Callable[[], None]] = field(default_factory=list)
 
+    @property
+    def pki(self) -> DemoPKI:
+        """Certificates for the KMEs' interfaces."""
+        assert self.kmes is not None
+        return self.kmes.pki
+
     def manager(self, side: str, **settings: Any) -> Any:
         """A new client of one site's KME, closed at the end of the test."""
         assert self.kmes is not None
@@ -266,6 +272,34 @@ class LocalLab(Lab):
     def manager(self, side: str, **settings: Any) -> LocalKeyManager:
         assert not settings
         return self._managers[side]
+
+
+class StealingManager:
+    """The client's key manager, but the next `steal` answers are fetched at the server's KME before it can."""
+
+    protocol = "etsi-014"
+
+    def __init__(self, client: Etsi014Client, server: Etsi014Client) -> None:
+        self._client, self._server = client, server
+        self.name, self.sae_id = client.name, client.sae_id
+        self.steal = 0
+        self.stolen: list[str] = []
+
+    def status(self, peer_sae_id: str) -> KMSStatus:
+        return self._client.status(peer_sae_id)
+
+    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
+        keys = self._client.get_keys(peer_sae_id, number, size)
+        if self.steal:
+            self.steal -= 1
+            self.stolen += [key.key_id for key in keys]
+            self._server.get_keys_by_id(self.sae_id, [key.key_id for key in keys])
+        return keys
+
+    def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
+        return self._client.get_keys_by_id(peer_sae_id, key_ids)
+
+    def close(self) -> None: ...
 
 
 # --- a server

@@ -7,13 +7,12 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from socket_support import Lab, Proxy, Server, talk
+from socket_support import Lab, Proxy, Server, StealingManager, talk
 
-from kms_client import Etsi014Client, KMSStatus, QKDKey
 from kms_client.emulator import RunningPair
 from qkd_tls import KDF, Path, Protection, QKDInfo, QKDSocket
 from qkd_tls.engine import ClientEngine
@@ -424,34 +423,6 @@ class TestHealing:
             server.context = lab.server(policy="off")
             with pytest.raises(ssl.SSLError, match=r"does not speak qkd-tls/1.*What to do"):
                 server.connect(context)
-
-
-class StealingManager:
-    """The client's key manager, but the next `steal` answers are fetched at the server's KME before it can."""
-
-    protocol = "etsi-014"
-
-    def __init__(self, client: Etsi014Client, server: Etsi014Client) -> None:
-        self._client, self._server = client, server
-        self.name, self.sae_id = client.name, client.sae_id
-        self.steal = 0
-        self.stolen: list[str] = []
-
-    def status(self, peer_sae_id: str) -> KMSStatus:
-        return self._client.status(peer_sae_id)
-
-    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
-        keys = self._client.get_keys(peer_sae_id, number, size)
-        if self.steal:
-            self.steal -= 1
-            self.stolen += [key.key_id for key in keys]
-            self._server.get_keys_by_id(self.sae_id, [key.key_id for key in keys])
-        return keys
-
-    def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        return self._client.get_keys_by_id(peer_sae_id, key_ids)
-
-    def close(self) -> None: ...
 
 
 LATENCY = 0.05

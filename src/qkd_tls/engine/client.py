@@ -320,7 +320,7 @@ class ClientEngine(Engine):
         if mismatch is not None:
             return mismatch
         if error.reason == "TLSV1_ALERT_NO_APPLICATION_PROTOCOL":
-            if self._config.uses_qkd:
+            if self._config.uses_qkd and self._fallback is None:
                 return with_hint(error, "the server speaks none of the application protocols offered in ALPN")
             return QKDUnavailable(
                 f"the server insists on {ALPN_PROTOCOL}, and this side has no QKD key to offer"
