@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import requests
 
 import qkd_tls
+from kms_client import KMSUnavailable
 from qkd_tls import cli
-from qkd_tls.demo import story
+from qkd_tls.demo import peers, story
 from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
 
 # Where the tests were started in the background, SIGINT is ignored in all children: as from a terminal, it is not here.
@@ -149,7 +152,7 @@ def failed(stage: story._Demo) -> list[str]:
 
 def test_good_reports_pass(stage: story._Demo) -> None:
     stage._ten_connections(*reports())
-    assert len(stage.checks) == 8
+    assert len(stage.checks) == 7
     assert failed(stage) == []
 
 
@@ -163,9 +166,10 @@ def test_good_reports_pass(stage: story._Demo) -> None:
         (0, 5, {"group": "X25519"}, "group X25519MLKEM768"),
         (0, 5, {"path": "bootstrap"}, "the first a bootstrap"),
         (1, 5, {"path": "bootstrap"}, "the first a bootstrap"),
-        (0, 3, {"announced": False}, "3 announced keys"),
-        (1, 3, {"kms_round_trips": 1}, "3 announced keys"),
-        (1, 5, {"kms_round_trips": 0}, "each KME asked once"),
+        (0, 3, {"announced": False}, "no KME asked"),
+        (0, 9, {"announced": True, "kms_round_trips": 0}, "no KME asked"),
+        (1, 3, {"kms_round_trips": 1}, "no KME asked"),
+        (1, 5, {"kms_round_trips": 0}, "no KME asked"),
     ],
 )
 def test_a_wrong_report_fails_its_check(
@@ -205,6 +209,91 @@ def test_a_refused_request_ends_it(stage: story._Demo) -> None:
     client[2] = {"path": "/3", "error": "QKDUnavailable", "text": "no key"}
     with pytest.raises(DemoError, match="request /3 failed: no key"):
         stage._ten_connections(client, server)
+
+
+URL = "https://127.0.0.1:1"
+REFUSED: dict[str, Any] = {
+    "error": "QKDUnavailable",
+    "kms": URL,
+    "text": f"no QKD key from {URL}: refused (KMS {URL}; peer SAE SAE-B). Check it. What to do: check",
+    "hint": "check",
+    "warnings": [],
+}
+FALLEN_BACK = {
+    "qkd": qkd(1, protection="pq-only", key_id=None, fallback="no QKD key"),
+    "warnings": ["QKDFallbackWarning"],
+}
+HYBRID = {"qkd": qkd(1), "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("what", "client", "server", "passes"),
+    [
+        ("_refused", REFUSED, HYBRID, True),
+        ("_refused", REFUSED | {"error": "QKDProtocolError"}, HYBRID, False),
+        ("_refused", REFUSED | {"kms": "https://other.example"}, HYBRID, False),
+        ("_refused", REFUSED | {"text": "no QKD key"}, HYBRID, False),
+        ("_refused", HYBRID, HYBRID, False),
+        ("_refused", FALLEN_BACK, FALLEN_BACK, False),
+        ("_fallen_back", FALLEN_BACK, FALLEN_BACK, True),
+        ("_fallen_back", FALLEN_BACK | {"warnings": []}, FALLEN_BACK, False),
+        ("_fallen_back", FALLEN_BACK, HYBRID, False),
+        ("_fallen_back", HYBRID, FALLEN_BACK, False),
+        ("_fallen_back", REFUSED, HYBRID, False),
+        ("_recovered", HYBRID, HYBRID, True),
+        ("_recovered", FALLEN_BACK, FALLEN_BACK, False),
+        ("_recovered", REFUSED, HYBRID, False),
+    ],
+)
+def test_what_is_checked_of_a_kme_that_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+    stage: story._Demo,
+    what: str,
+    client: dict[str, Any],
+    server: dict[str, Any],
+    passes: bool,
+) -> None:
+    monkeypatch.setattr(stage, "_client", lambda *_: [client])
+    process: Any = SimpleNamespace(reports=[server])
+    kme = story._KME("a", (), process, URL, "127.0.0.1:2")
+    getattr(stage, what)(kme, "https://127.0.0.1:3", *([process] if what == "_fallen_back" else []))
+    assert list(stage.checks.values()) == [passes]
+
+
+def test_keys_are_waited_for(monkeypatch: pytest.MonkeyPatch, stage: story._Demo) -> None:
+    answers: list[Any] = [KMSUnavailable("the link is down"), 0, 5, 5]
+
+    class Manager:
+        def __init__(self, url: str, **_: object) -> None:
+            pass
+
+        def status(self, peer: str) -> SimpleNamespace:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(stored_key_count=answer)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(story, "Etsi014Client", Manager)
+    process: Any = None
+    stage._wait_for_keys(*(story._KME(side, (), process, URL, "127.0.0.1:2") for side in "ab"))
+    assert answers == []
+
+
+def test_an_error_that_has_nothing_to_do_with_keys_is_not_reported_as_one() -> None:
+    class Session(requests.Session):
+        def get(self, *_: Any, **__: Any) -> requests.Response:
+            raise requests.exceptions.SSLError("certificate verify failed")
+
+    with Session() as session, pytest.raises(requests.exceptions.SSLError, match="certificate verify failed"):
+        peers._outcome(session, URL)
+
+
+def test_errors_are_shown_in_short() -> None:
+    assert story._in_short(REFUSED["text"]) == f"no QKD key from {URL}: refused"
+    assert story._in_short(None) == "nothing"
 
 
 # --- processes and the page

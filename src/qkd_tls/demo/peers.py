@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import ssl
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import requests
 from kms_client import Etsi014Client
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
 from qkd_tls.context import create_default_context
-from qkd_tls.errors import QKDError, QKDFallbackWarning
+from qkd_tls.errors import QKDError
 from qkd_tls.policy import Policy
 
 __all__ = ["main"]
@@ -71,10 +70,8 @@ def _request(arguments: argparse.Namespace) -> None:
         for number in range(1, arguments.requests + 1):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                _report(path=f"/{number}", **_outcome(session, f"{arguments.url}/{number}"))
-            for warning in caught:
-                if not issubclass(warning.category, QKDFallbackWarning):
-                    print(warning.message, file=sys.stderr)
+                outcome = _outcome(session, f"{arguments.url}/{number}")
+            _report(path=f"/{number}", warnings=[warning.category.__name__ for warning in caught], **outcome)
 
 
 def _outcome(session: requests.Session, url: str) -> dict[str, Any]:
