@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -15,6 +17,7 @@ __all__ = ["DemoError", "Process", "Processes", "wait_for"]
 
 _START_TIMEOUT: Final = 30.0  # seconds
 _STOP_TIMEOUT: Final = 5.0  # seconds
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _T = TypeVar("_T")
 
 
@@ -36,6 +39,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
+                preexec_fn=_listen,
             )
 
     @property
@@ -89,8 +93,9 @@ class Processes:
 
     def start(self, name: str, module: str, *arguments: str) -> Process:
         """Start a process; it writes to files called `name` in the directory."""
-        process = Process(name, self._directory, module, *arguments)
-        self._started.append(process)
+        with _hold_signals():
+            process = Process(name, self._directory, module, *arguments)
+            self._started.append(process)
         return process
 
     def __enter__(self) -> Self:
@@ -99,8 +104,24 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in reversed(self._started):
-            process.stop()
+        with _hold_signals():
+            for process in reversed(self._started):
+                process.stop()
+
+
+@contextmanager
+def _hold_signals() -> Iterator[None]:
+    """What would end this program waits: a process that is just being started or stopped would be left behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _listen() -> None:
+    """In a new process, which inherits that its parent waits."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def wait_for(what: str, attempt: Callable[[], _T | None]) -> _T:
