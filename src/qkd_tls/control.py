@@ -27,6 +27,7 @@ __all__ = [
     "Reject",
     "RejectCode",
     "UnsupportedVersion",
+    "are_names",
     "encode",
 ]
 
@@ -186,6 +187,11 @@ class Reject:
 
 
 Message: TypeAlias = Discover | Identity | Offer | Accept | Reject
+
+
+def are_names(texts: Sequence[str]) -> bool:
+    """Whether these can be the key IDs of an offer: names as the protocol has them, and all different."""
+    return all(map(_NAME.fullmatch, texts)) and len(set(texts)) == len(texts)
 
 
 def encode(message: Message) -> bytes:

@@ -44,6 +44,8 @@ NEVER_FALL_BACK: Final = frozenset(
 
 _READ_SIZE: Final = 1 << 16
 _MIN_KEY_BITS: Final = 256
+# What the key schedule can take: a secret behind its length in two bytes.
+_MAX_KEY_BITS: Final = 8 * 0xFFFF
 
 
 @dataclass(slots=True, kw_only=True)
@@ -229,9 +231,14 @@ class Engine:
             problem = f"gave {len(keys)} keys, {wanted} were asked for"
         elif short := [key.key_id for key in keys if key.size < _MIN_KEY_BITS]:
             problem = f"gave keys of less than {_MIN_KEY_BITS} bits: {', '.join(short)}"
+        elif any(key.size > _MAX_KEY_BITS for key in keys):
+            problem = f"gave keys of more than {_MAX_KEY_BITS} bits"
         elif used := [key.key_id for key in keys if key.used]:
             problem = f"gave keys that are used already: {', '.join(used)}"
-        elif isinstance(fetch, FetchKeysByID) and tuple(key.key_id for key in keys) != fetch.key_ids:
+        elif isinstance(fetch, FetchKeys):
+            if not control.are_names(key_ids := [key.key_id for key in keys]):
+                problem = f"gave keys by IDs that no peer can be told: {', '.join(map(repr, key_ids))}"
+        elif tuple(key.key_id for key in keys) != fetch.key_ids:
             problem = "gave other keys than those asked for"
         if problem is None:
             return keys
@@ -240,7 +247,7 @@ class Engine:
             f"the KMS {problem}",
             kms=self._config.kms,
             peer=fetch.peer_sae_id,
-            hint="ask the KMS' vendor; set its key size to 256 bits or more",
+            hint="ask the KMS' vendor; set its key size to 256 bits",
         )
 
     # --- TLS

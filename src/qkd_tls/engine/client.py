@@ -127,6 +127,9 @@ class ClientEngine(Engine):
             self._config.associations.discard(self._association)
             self._association = None
         if alpn != ALPN_PROTOCOL:
+            # The key of an association that ended while the KMS was asked.
+            wipe_keys(self._offered)
+            self._offered = []
             if self._config.uses_qkd and self._fallback is None:
                 self._no_qkd(
                     f"the server {self._server_hostname or ''} does not speak {ALPN_PROTOCOL}, or has no KMS",
@@ -305,6 +308,9 @@ class ClientEngine(Engine):
         super()._clean_up()
         wipe_keys(self._offered)
         self._offered = []
+        if self._association is not None and (self._hybrid is not None or self._bootstrapped):
+            # One that this very bootstrap was making; others are left to the next connection.
+            self._config.associations.discard(self._association)
         self._association = None
         self._hybrid = None
 
