@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from socket_support import Authority, Identity, Lab, LocalLab
+from socket_support import Authority, Identity, Lab, local_lab
 
+from kms_client import Etsi014Client
 from kms_client.emulator import Faults, RunningPair, run_pair
 
 
@@ -31,6 +32,14 @@ def running_kmes() -> Iterator[RunningPair]:
         yield pair
 
 
+@pytest.fixture(scope="session")
+def key_managers(running_kmes: RunningPair) -> Iterator[dict[str, Etsi014Client]]:
+    managers = {"client": running_kmes.client("a"), "server": running_kmes.client("b")}
+    yield managers
+    for manager in managers.values():
+        manager.close()
+
+
 @pytest.fixture
 def kmes(running_kmes: RunningPair) -> Iterator[RunningPair]:
     """Two KMEs over mutual TLS. Whatever a test makes of them is put right again."""
@@ -43,15 +52,19 @@ def kmes(running_kmes: RunningPair) -> Iterator[RunningPair]:
 
 @pytest.fixture
 def lab(
-    ca: Authority, server_identity: Identity, client_identity: Identity, kmes: RunningPair
+    ca: Authority,
+    server_identity: Identity,
+    client_identity: Identity,
+    kmes: RunningPair,
+    key_managers: dict[str, Etsi014Client],
 ) -> Iterator[Lab]:
     """The client's and the server's site, with their KMEs."""
-    lab = Lab(ca, server_identity, client_identity, kmes)
+    lab = Lab(ca, server_identity, client_identity, kmes, key_managers)
     yield lab
     lab.close()
 
 
 @pytest.fixture
-def local(ca: Authority, server_identity: Identity, client_identity: Identity) -> LocalLab:
+def local(ca: Authority, server_identity: Identity, client_identity: Identity) -> Lab:
     """The two sites with a KMS in the process."""
-    return LocalLab(ca, server_identity, client_identity)
+    return local_lab(ca, server_identity, client_identity)

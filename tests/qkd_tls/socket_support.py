@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_client import Etsi014Client, KMSStatus, LocalKeyManager, QKDKey
+from kms_client import Etsi014Client, KeyManager, KMSStatus, LocalKeyManager, QKDKey
 from kms_client.emulator import DemoPKI, RunningPair
 from qkd_tls import QKDContext, QKDInfo, QKDSocket, create_default_context
 
@@ -214,6 +214,7 @@ class Lab:
     server_identity: Identity
     client_identity: Identity
     kmes: RunningPair | None = None
+    managers: Mapping[str, KeyManager] = field(default_factory=dict)
     _close: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -223,7 +224,9 @@ class Lab:
         return self.kmes.pki
 
     def manager(self, side: str, **settings: Any) -> Any:
-        """A new client of one site's KME, closed at the end of the test."""
+        """A client of one site's KME; with `settings` a new one, closed at the end of the test."""
+        if not settings:
+            return self.managers[side]
         assert self.kmes is not None
         manager = self.kmes.client("a" if side == "client" else "b", **settings)
         self._close.append(manager.close)
@@ -262,16 +265,10 @@ class Lab:
             close()
 
 
-class LocalLab(Lab):
+def local_lab(ca: Authority, server_identity: Identity, client_identity: Identity) -> Lab:
     """The same with a KMS in the process, which needs no HTTP: for tests of the sockets themselves."""
-
-    def __init__(self, ca: Authority, server_identity: Identity, client_identity: Identity) -> None:
-        super().__init__(ca, server_identity, client_identity)
-        self._managers = dict(zip(("client", "server"), LocalKeyManager.pair("SAE-A", "SAE-B"), strict=True))
-
-    def manager(self, side: str, **settings: Any) -> LocalKeyManager:
-        assert not settings
-        return self._managers[side]
+    client, server = LocalKeyManager.pair("SAE-A", "SAE-B")
+    return Lab(ca, server_identity, client_identity, managers={"client": client, "server": server})
 
 
 class StealingManager:
