@@ -63,6 +63,11 @@ _PSK_SUITE: Final = {
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
 _TLSEXT_NAMETYPE_HOST_NAME: Final = 0
+_FULL_RECORD: Final = 1 << 14
+_LARGEST: Final = 0x7FFF_FFFF
+_WRITE_AT_ONCE: Final = 1 << 20
+# openssl/err.h: set in the codes of errors that are the system's.
+_SYSTEM_ERROR: Final = 1 << 31
 
 
 def _check_bindings() -> None:
@@ -163,8 +168,6 @@ class TLSContext:
         # No connection is ever resumed: the tickets that a server still sends are names in a cache that is off.
         context.set_options(SSL.OP_NO_TICKET)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        # A read that met only a ticket returns to the caller, whose deadline it is.
-        context.clear_mode(_lib.SSL_MODE_AUTO_RETRY)
         self._raw = context._context
         try:
             self._set_suites_and_groups(settings)
@@ -251,6 +254,11 @@ class TLSConnection:
         self._outgoing = _lib.BIO_new(_lib.BIO_s_mem())
         _lib.SSL_set_bio(self._ssl, self._incoming, self._outgoing)
         self.attached = False
+        self.starved = False
+        """The last read ended for want of bytes from the transport: wait for them before the next."""
+        self.clogged = False
+        """The last write ended for want of room: wait for it before the next."""
+        self._late_error: OSError | None = None
         if context.settings.server_side:
             _lib.SSL_set_accept_state(self._ssl)
         else:
@@ -299,6 +307,9 @@ class TLSConnection:
         """Let OpenSSL read and write the socket itself from here on; both directions of memory must be empty."""
         # SSL_set_fd frees the memory BIOs.
         _require(_lib.SSL_set_fd(self._ssl, fileno) == 1)
+        # A read that met only a ticket returns to the caller, whose deadline it is. In memory it goes on instead: what
+        # comes behind the ticket is there already, and no later bytes might ever wake the caller up.
+        _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_AUTO_RETRY)
         self.attached = True
 
     # --- handshake
@@ -388,23 +399,64 @@ class TLSConnection:
 
     def read_into(self, buffer: bytearray | memoryview) -> int:
         """Fill the buffer (contiguous, up to 2**31 - 1 bytes are used) with at least one byte; returns how many."""
-        size = min(len(buffer), 0x7FFF_FFFF)
+        if self._late_error is not None:
+            error, self._late_error = self._late_error, None
+            raise error
+        size = min(len(buffer), _LARGEST)
+        self.starved = False
         with _ffi.from_buffer(buffer, require_writable=True) as target:
             _lib.ERR_clear_error()
-            result = _lib.SSL_read(self._ssl, target, size)
+            last = total = _lib.SSL_read(self._ssl, target, size)
+            if total <= 0:
+                self._raise(total)
+            # OpenSSL gives one record at a time; behind a full one there mostly is another.
+            while last == _FULL_RECORD and total < size:
+                last = _lib.SSL_read(self._ssl, target + total, size - total)
+                if last > 0:
+                    total += last
+                else:
+                    self._note(last)
+        return int(total)
+
+    def _note(self, result: int) -> None:
+        """What ended a read that has data to return: waiting, or an error for the next read."""
+        try:
+            self._raise(result)
+        except ssl.SSLWantReadError:
+            self.starved = True
+        except OSError as error:
+            self._late_error = error
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write at least one byte of non-empty data; returns how many. After a want, the same data must follow."""
+        with _ffi.from_buffer(data) as source:
+            _lib.ERR_clear_error()
+            result = _lib.SSL_write(self._ssl, source, min(len(data), _LARGEST))
             if result <= 0:
                 self._raise(result)
         return int(result)
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write at least one byte of non-empty data; returns how many. After a want, any buffer may follow."""
-        size = min(len(data), 0x7FFF_FFFF)
+    def write_all(self, data: memoryview, start: int) -> int:
+        """Write from `start` on until the transport is full; returns where to go on with the same data.
+
+        Raises SSLWantWriteError where nothing could be written.
+        """
+        end = len(data)
+        self.clogged = False
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()
-            result = _lib.SSL_write(self._ssl, source, size)
-            if result <= 0:
-                self._raise(result)
-        return int(result)
+            position = start
+            # Not too long at a time: a thread that wants to read has to wait for it.
+            while position < min(end, start + _WRITE_AT_ONCE):
+                result = _lib.SSL_write(self._ssl, source + position, min(end - position, _LARGEST))
+                if result > 0:
+                    position += result
+                elif position > start and _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_WRITE:
+                    self.clogged = True
+                    break
+                else:
+                    self._raise(result)
+        return position
 
     @property
     def pending(self) -> int:
@@ -568,9 +620,14 @@ def _ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 
 
 def _drain_error_queue() -> str:
-    """The reason of the first error in this thread's queue, which is the innermost; the queue is empty afterwards."""
+    """The reason of the first error in this thread's queue, which is the innermost; the queue is empty afterwards.
+
+    The system's errors are left out: errno tells them.
+    """
     first = ""
     while code := _lib.ERR_get_error():
+        if code & _SYSTEM_ERROR:
+            continue
         text = _lib.ERR_reason_error_string(code)
         first = first or (_ffi.string(text).decode() if text != _ffi.NULL else f"error {code:#x}")
     return first
