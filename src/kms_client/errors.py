@@ -68,6 +68,11 @@ class KMSError(Exception):
 
     def __str__(self) -> str:
         """What happened, at which KME, for which peer and keys, and what to do."""
+        return f"{self.summary}. {self.hint}" if self.hint else self.summary
+
+    @property
+    def summary(self) -> str:
+        """What happened, at which KME, for which peer and keys."""
         where = []
         if self.kms:
             where.append(f"KMS {shown(self.kms)}")
@@ -79,8 +84,7 @@ class KMSError(Exception):
             where.append(f"key ID {listed}" + (f" and {more} more" if more > 0 else ""))
         if self.status is not None:
             where.append(f"HTTP status {self.status}")
-        text = self.message + (f" ({'; '.join(where)})" if where else "")
-        return f"{text}. {self.hint}" if self.hint else text
+        return self.message + (f" ({'; '.join(where)})" if where else "")
 
 
 class KMSUnavailable(KMSError):

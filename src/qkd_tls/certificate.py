@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import ssl
+import struct
 from collections.abc import Iterable
 from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
@@ -116,7 +117,7 @@ def _general_name(name: x509.GeneralName) -> tuple[str, str | _NameTuple]:
             return "IP Address", str(address)
         case x509.IPAddress(value=IPv6Address() as address):
             # Without the "::" for zeros.
-            groups = (int(group, 16) for group in address.exploded.split(":"))
+            groups = struct.unpack(">8H", address.packed)
             return "IP Address", ":".join(f"{group:X}" for group in groups)
         case x509.DirectoryName():
             return "DirName", _name(name.value)

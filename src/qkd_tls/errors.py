@@ -40,7 +40,7 @@ class QKDError(ssl.SSLError):
         self.kms = kms
         self.key_ids = key_ids
         self.code = code
-        super().__init__(ssl.SSL_ERROR_SSL, f"{text}. What to do: {hint}")
+        super().__init__(ssl.SSL_ERROR_SSL, f"{text}. What to do: {hint.rstrip('.')}")
         self.library, self.reason = "QKD", type(self).__name__
 
 

@@ -117,7 +117,14 @@ class KME:
         """Stop listening and close all connections; keys and port are kept for the next `start`."""
         if self._runner is not None:
             runner, self._runner = self._runner, None
+            server = runner.server
+            kept_alive = [] if server is None else [handler.transport for handler in server.connections]
             await runner.cleanup()
+            for transport in kept_alive:
+                if transport is not None:
+                    # Closing TLS waits for the client's close_notify, which an idle client never sends.
+                    transport.abort()
+            await asyncio.sleep(0)
 
     async def _status(self, request: web.Request) -> web.Response:
         master = self._caller(request)

@@ -390,8 +390,8 @@ class Engine:
 
     def _kms_failed(self, error: KMSError) -> None:
         self._no_qkd(
-            f"no QKD key from {self._config.kms}: {error}",
-            hint="check the KME and the link; policy 'prefer' would go on without a QKD key",
+            f"no QKD key: {error.summary}",
+            hint=error.hint or "check the KME and the link; policy 'prefer' would go on without a QKD key",
             error=error,
         )
 

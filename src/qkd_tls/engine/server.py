@@ -281,7 +281,7 @@ class ServerEngine(Engine):
 
     def _reject(self, code: RejectCode, detail: str, error: KMSError | None = None) -> None:
         self._send_message(control.Reject(code, detail, None if code in NEVER_FALL_BACK else self._app_alpn))
-        self._rejection = (code, f"{error or detail}", error)
+        self._rejection = (code, error.summary if error else detail, error)
         if self._offer is not None and self._offer.pipelined:
             # Skipped even where an error follows: closing with bytes unread would reset the transport, and the
             # client might never see the reject.
