@@ -11,10 +11,11 @@ import contextlib
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from qkd_tls.certificate import certificate_dict
@@ -31,6 +32,7 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
+_SCRATCH: Final = 1 << 14
 
 
 class QKDSocket(socket.socket):
@@ -47,6 +49,11 @@ class QKDSocket(socket.socket):
     """From then on."""
     _info: QKDInfo | None
     _lock: threading.Lock
+    """Around each call of OpenSSL; never held while waiting."""
+    _handshaking: threading.Lock
+    """Held throughout a handshake, which is many calls."""
+    _writing: threading.Lock
+    """Held throughout a write: what OpenSSL could not send at once has to go before anything else."""
     _peer_certificate: bytes | None
     _unsent: bytearray
     """Ciphertext that the transport has not taken yet."""
@@ -85,7 +92,7 @@ class QKDSocket(socket.socket):
         self.do_handshake_on_connect = do_handshake_on_connect
         self.suppress_ragged_eofs = suppress_ragged_eofs
         self._engine = self._tls = self._info = None
-        self._lock = threading.Lock()
+        self._lock, self._handshaking, self._writing = (threading.Lock() for _ in range(3))
         self._peer_certificate = None
         self._unsent = bytearray()
         self._decrypted = bytearray()
@@ -197,6 +204,19 @@ class QKDSocket(socket.socket):
                 event = select.POLLOUT
             self._wait(event, deadline, what)
 
+    @contextlib.contextmanager
+    def _turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> Iterator[None]:
+        """Wait for other threads, within the deadline."""
+        if not lock.acquire(blocking=False):
+            if self._timeout == 0.0:
+                raise _want(want)
+            if not lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+                raise _timed_out(what)
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _wait(self, event: int, deadline: float | None, what: str) -> None:
         poll = select.poll()
         poll.register(self.fileno(), event)
@@ -204,7 +224,7 @@ class QKDSocket(socket.socket):
         if (remaining is not None and remaining <= 0) or not poll.poll(
             None if remaining is None else remaining * 1000
         ):
-            raise TimeoutError(f"The {what} operation timed out")
+            raise _timed_out(what)
 
     def _deadline(self) -> float | None:
         return None if self._timeout is None else time.monotonic() + self._timeout
@@ -213,12 +233,20 @@ class QKDSocket(socket.socket):
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, unless done already; asks the key manager in this thread."""
-        if not self._connected:
-            raise OSError(107, "Transport endpoint is not connected")
-        saved, self._timeout = self._timeout, None if block and self._timeout == 0.0 else self._timeout
-        deadline = self._deadline()
+        with self._turn(self._handshaking, select.POLLIN, self._deadline(), "handshake"):
+            if not self._connected:
+                # Raises where there is no connection; a non-blocking one may have come about since `connect`.
+                self.getpeername()
+                self._start_client()
+            saved, self._timeout = self._timeout, None if block and self._timeout == 0.0 else self._timeout
+            try:
+                self._shake_hands(self._deadline())
+            finally:
+                self._timeout = saved
+
+    def _shake_hands(self, deadline: float | None) -> None:
         try:
-            while self._info is None:
+            while self._info is None or self._unsent:
                 try:
                     self._handshake_step()
                 except ssl.SSLWantReadError:
@@ -239,13 +267,14 @@ class QKDSocket(socket.socket):
                 with contextlib.suppress(OSError):
                     self._flush()
             raise
-        finally:
-            self._timeout = saved
 
     def _handshake_step(self) -> None:
         engine = self._engine
         if engine is None:
-            raise OSError(9, "Bad file descriptor: the connection has been closed")
+            if self._tls is None:
+                raise OSError(9, "Bad file descriptor: the connection has been closed")
+            self._flush()
+            return
         self._unsent += engine.data_to_send()
         self._flush()
         action = engine.next_action()
@@ -253,9 +282,7 @@ class QKDSocket(socket.socket):
             try:
                 engine.receive_data(socket.socket.recv(self, _CHUNK))
             except BlockingIOError:
-                raise ssl.SSLWantReadError(
-                    ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)"
-                ) from None
+                raise _want(select.POLLIN) from None
         elif isinstance(action, Established):
             self._establish(engine, action.info)
         else:
@@ -268,9 +295,7 @@ class QKDSocket(socket.socket):
             try:
                 sent = socket.socket.send(self, self._unsent)
             except BlockingIOError:
-                raise ssl.SSLWantWriteError(
-                    ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)"
-                ) from None
+                raise _want(select.POLLOUT) from None
             del self._unsent[:sent]
 
     def _establish(self, engine: Engine, info: QKDInfo) -> None:
@@ -293,22 +318,22 @@ class QKDSocket(socket.socket):
     def _warn(self, info: QKDInfo) -> None:
         if info.fallback is not None:
             warnings.warn(
-                f"no QKD key protects this connection: {info.fallback}", QKDFallbackWarning, stacklevel=5
+                f"no QKD key protects this connection: {info.fallback}",
+                QKDFallbackWarning,
+                stacklevel=_outside(),
             )
         if info.group not in ML_KEM_GROUPS:
             warnings.warn(
                 f"the key exchange of this connection is {info.group}, which has no ML-KEM"
                 + (f"; {info.kem} is mixed in beside it" if info.kem else ""),
                 ClassicalGroupWarning,
-                stacklevel=5,
+                stacklevel=_outside(),
             )
 
     def _ready(self) -> None:
         """Shake hands where a program reads or writes first, as OpenSSL does."""
-        if self._info is None:
+        if self._info is None or self._unsent:
             self.do_handshake()
-        if self._unsent:
-            self._flush()
 
     # --- reading
 
@@ -377,7 +402,9 @@ class QKDSocket(socket.socket):
         self._ready()
         if not len(view):
             return 0
-        return self._pump(lambda tls: tls.write(view), self._deadline(), "write")
+        deadline = self._deadline()
+        with self._turn(self._writing, select.POLLOUT, deadline, "write"):
+            return self._pump(lambda tls: tls.write(view), deadline, "write")
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send everything, within one timeout."""
@@ -386,9 +413,10 @@ class QKDSocket(socket.socket):
         self._ready()
         deadline = self._deadline()
         sent = 0
-        while sent < len(view):
-            rest = view[sent:]
-            sent += self._pump(lambda tls: tls.write(rest), deadline, "write")  # noqa: B023 - runs at once
+        with self._turn(self._writing, select.POLLOUT, deadline, "write"):
+            while sent < len(view):
+                rest = view[sent:]
+                sent += self._pump(lambda tls: tls.write(rest), deadline, "write")  # noqa: B023 - runs at once
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file through TLS; returns the number of bytes sent."""
@@ -424,11 +452,21 @@ class QKDSocket(socket.socket):
         # `close` ends here, once all files that `makefile` made are closed too.
         self._say_goodbye()
         with self._lock:
+            if self._tls is not None:
+                self._discard_what_has_come(self._tls)
             self._tls = None
             if self._engine is not None:
                 self._engine.abort()
                 self._engine = None
         super()._real_close()  # type: ignore[misc]
+
+    def _discard_what_has_come(self, tls: TLSConnection) -> None:
+        # Closing with bytes unread resets the connection, and the peer might miss what was sent last. A client that
+        # only writes has not even read the server's tickets.
+        scratch = bytearray(_SCRATCH)
+        with contextlib.suppress(OSError):
+            for _ in range(4):
+                tls.read_into(scratch)
 
     def _say_goodbye(self) -> None:
         with self._lock:
@@ -468,30 +506,33 @@ class QKDSocket(socket.socket):
 
     def connect(self, address: Any) -> None:
         """Connect and, unless do_handshake_on_connect is off, shake hands."""
+        self._connect(socket.socket.connect, address)
+
+    def connect_ex(self, address: Any) -> int:
+        """As `connect`, with an error number where TCP cannot connect."""
+        return self._connect(socket.socket.connect_ex, address)
+
+    def _connect(self, connect: Callable[[socket.socket, Any], int | None], address: Any) -> int:
         if self.server_side:
             raise ValueError("can't connect in server-side mode")
         if self._connected:
             raise ValueError("attempt to connect already-connected QKDSocket!")
-        socket.socket.connect(self, address)
-        self._start(
-            self._context.new_engine(
-                server_side=False, server_hostname=self.server_hostname, server_port=_peer_port(self)
-            )
-        )
+        error = connect(self, address)
+        if error:
+            return error
+        self._start_client()
         if self.do_handshake_on_connect:
             self.do_handshake()
-
-    def connect_ex(self, address: Any) -> int:
-        """As `connect`, with an error number for connection errors."""
-        try:
-            self.connect(address)
-        except ssl.SSLError:
-            raise
-        except OSError as error:
-            if error.errno is None:
-                raise
-            return error.errno
         return 0
+
+    def _start_client(self) -> None:
+        self._start(
+            self._context.new_engine(
+                server_side=self.server_side,
+                server_hostname=self.server_hostname,
+                server_port=_peer_port(self),
+            )
+        )
 
     def accept(self) -> tuple[QKDSocket, Any]:
         """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
@@ -556,6 +597,24 @@ def _peer_port(sock: socket.socket) -> int | None:
     except OSError:
         return None
     return address[1] if isinstance(address, tuple) else None
+
+
+def _outside() -> int:
+    """Stack level, as seen by the caller's `warnings.warn`, of the program that uses this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("qkd_tls."):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _want(event: int) -> ssl.SSLError:
+    if event == select.POLLIN:
+        return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
+    return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+
+
+def _timed_out(what: str) -> TimeoutError:
+    return TimeoutError(f"The {what} operation timed out")
 
 
 def _no_flags(flags: int, name: str) -> None:

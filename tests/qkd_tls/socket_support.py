@@ -496,6 +496,7 @@ class Proxy:
         self._other: dict[socket.socket, socket.socket] = {}
         self._clients: set[socket.socket] = set()
         self._on_the_way: collections.deque[tuple[float, socket.socket, bytes]] = collections.deque()
+        self._held: dict[str, tuple[bytearray, threading.Condition]] = {}
         self._thread = threading.Thread(target=self._run, name="test proxy")
         self._thread.start()
 
@@ -511,6 +512,32 @@ class Proxy:
 
     def connect(self, context: QKDContext, hostname: str | None = "localhost", **wrap: Any) -> QKDSocket:
         return connect(self.address, context, hostname, **wrap)
+
+    def hold(self, sender: str) -> None:
+        """From now on keep what the "client" or the "server" sends, until `release`."""
+        self._held[sender] = bytearray(), threading.Condition()
+
+    def held(self, sender: str, at_least: int) -> bytearray:
+        """What is kept, once so much has come; may be changed in place."""
+        kept, changed = self._held[sender]
+        with changed:
+            assert changed.wait_for(lambda: len(kept) >= at_least, TIMEOUT), f"only {len(kept)} bytes came"
+        return kept
+
+    def release(self, sender: str, size: int) -> None:
+        """Pass on so many of the bytes kept, in one piece."""
+        kept = self.held(sender, size)
+        self._receiver_from(sender).sendall(bytes(kept[:size]))
+        del kept[:size]
+
+    def _receiver_from(self, sender: str) -> socket.socket:
+        return next(sock for sock in self._other if (sock in self._clients) == (sender == "server"))
+
+    def end(self, sender: str) -> None:
+        """End the stream of this sender, whose bytes are held; the other direction goes on."""
+        # The receiver may have gone by itself.
+        with contextlib.suppress(OSError, StopIteration):
+            self._receiver_from(sender).shutdown(socket.SHUT_WR)
 
     @property
     def wire(self) -> bytes:
@@ -546,7 +573,16 @@ class Proxy:
             data = sock.recv(1 << 16)
         except OSError:
             data = b""
-        (self.client_sent if sock in self._clients else self.server_sent).extend(data)
+        sender = "client" if sock in self._clients else "server"
+        (self.client_sent if sender == "client" else self.server_sent).extend(data)
+        if sender in self._held:
+            kept, changed = self._held[sender]
+            with changed:
+                kept += data
+                changed.notify_all()
+            if data:
+                return
+            # The end of the stream is not kept.
         self._on_the_way.append((time.monotonic() + self.latency, self._other[sock], data))
         if not data:
             del self._other[sock]
