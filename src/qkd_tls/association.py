@@ -15,8 +15,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
 
+from cryptography.hazmat.primitives.hmac import HMAC
+
 from kms_client import QKDKey
-from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, tag_key
+from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, tag_hmac
 from qkd_tls.psk import PSK
 
 __all__ = ["MAX_CONNECTIONS", "Association", "AssociationEnded", "AssociationStore", "KeySpent"]
@@ -50,17 +52,16 @@ class Association:
     _closed: bool = False
     id: bytes = field(init=False)
     """16 bytes, public."""
-    _tag_key: bytearray = field(init=False, repr=False)
+    _tagger: HMAC | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.id = association_id(bytes(self.secret))
-        self._tag_key = bytearray(tag_key(bytes(self.secret)))
+        self.id = association_id(self.secret)
+        self._tagger = tag_hmac(self.secret)
 
     def verify_tag(self, identity: PSKIdentity) -> None:
         """Raise ValueError unless the identity was made by somebody who holds the association secret."""
         with self._lock:
-            self._require_open()
-            identity.verify_tag(self._tag_key)
+            identity.verify_tag(self._open_tagger())
 
     def psk(self, key: QKDKey, kdf: KDF, *, identity: bytes | None = None, announced: bool = False) -> PSK:
         """Use up a QKD key: mix it with the association secret, under the identity that the client sent or a new one.
@@ -69,20 +70,21 @@ class Association:
         less than 256 bits.
         """
         with self._lock:
-            self._require_open()
+            tagger = self._open_tagger()
             self._spent.add(key.key_id)
             if identity is None:
-                identity = PSKIdentity.create(kdf, self.id, self._tag_key, key.key_id).encode()
+                identity = PSKIdentity.create(kdf, self.id, tagger, key.key_id).encode()
             with key.use() as secret:
                 derived = derive_psk(
                     secret, self.secret, identity, self.client_sae_id, self.server_sae_id, kdf
                 )
             return PSK(identity, derived, kdf, key.key_id, announced)
 
-    def _require_open(self) -> None:
+    def _open_tagger(self) -> HMAC:
         # A wiped secret must never be mixed: zeros would stand in for X25519 and ML-KEM.
-        if self._closed:
+        if self._tagger is None:
             raise AssociationEnded("the association has ended")
+        return self._tagger
 
     def announce(self, keys: list[QKDKey]) -> None:
         """Keep keys for later connections. An association that has ended wipes them at once."""
@@ -123,7 +125,7 @@ class Association:
                 key.wipe()
             self._announced.clear()
             self.secret[:] = bytes(len(self.secret))
-            self._tag_key[:] = bytes(len(self._tag_key))
+            self._tagger = None
 
 
 class AssociationStore:

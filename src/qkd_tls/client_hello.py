@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 __all__ = ["ClientHello", "ClientHelloError", "group_names", "parse_client_hello", "read_handshake_message"]
@@ -67,7 +67,11 @@ class ClientHelloError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What a client offers, each list in the client's order; an absent extension is an empty tuple."""
+    """What a client offers, each list in the client's order; an absent extension is an empty tuple.
+
+    What every handshake needs is read at once, the rest when it is asked for: those properties raise
+    ClientHelloError where their extension is malformed.
+    """
 
     server_name: str | None
     """The host name in the SNI extension (RFC 6066 section 3), as sent."""
@@ -75,14 +79,30 @@ class ClientHello:
     """Application protocols (RFC 7301)."""
     psk_identities: tuple[bytes, ...]
     """Identities of the PSKs offered, of external and of resumption PSKs alike (RFC 8446 section 4.2.11)."""
-    groups: tuple[int, ...]
-    """Key exchange groups supported (section 4.2.7)."""
-    key_share_groups: tuple[int, ...]
-    """Those of them with a key share in this message (section 4.2.8)."""
-    versions: tuple[int, ...]
-    """TLS versions supported (section 4.2.1); without the extension, the legacy version alone."""
-    psk_modes: tuple[int, ...]
-    """PSK key exchange modes: 0 is `psk_ke`, 1 is `psk_dhe_ke` (section 4.2.9)."""
+    legacy_version: int
+    extensions: dict[int, bytes] = field(repr=False)
+    """All of them, by type."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Key exchange groups supported (section 4.2.7)."""
+        return _numbers(self.extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups")
+
+    @property
+    def key_share_groups(self) -> tuple[int, ...]:
+        """Those of them with a key share in this message (section 4.2.8)."""
+        return _key_share_groups(self.extensions.get(_KEY_SHARE))
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """TLS versions supported (section 4.2.1); without the extension, the legacy version alone."""
+        versions = _numbers(self.extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions")
+        return versions or (self.legacy_version,)
+
+    @property
+    def psk_modes(self) -> tuple[int, ...]:
+        """PSK key exchange modes: 0 is `psk_ke`, 1 is `psk_dhe_ke` (section 4.2.9)."""
+        return _psk_modes(self.extensions.get(_PSK_KEY_EXCHANGE_MODES))
 
 
 def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | None:
@@ -141,7 +161,7 @@ def parse_client_hello(message: bytes) -> ClientHello:
 
     Raises:
         ClientHelloError: it is truncated, has bytes left over, an extension twice, `pre_shared_key` not last,
-            or a list that its definition does not allow.
+            or names, protocols or identities that their definition does not allow.
     """
     if not message:
         raise ClientHelloError("handshake type is truncated")
@@ -165,13 +185,11 @@ def parse_client_hello(message: bytes) -> ClientHello:
     extensions = _extensions(body, position)
 
     return ClientHello(
-        server_name=_server_name(extensions.get(_SERVER_NAME)),
-        alpn=_alpn(extensions.get(_ALPN)),
-        psk_identities=_psk_identities(extensions.get(_PRE_SHARED_KEY)),
-        groups=_numbers(extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups"),
-        key_share_groups=_key_share_groups(extensions.get(_KEY_SHARE)),
-        versions=_numbers(extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions") or (legacy_version,),
-        psk_modes=_psk_modes(extensions.get(_PSK_KEY_EXCHANGE_MODES)),
+        _server_name(extensions.get(_SERVER_NAME)),
+        _alpn(extensions.get(_ALPN)),
+        _psk_identities(extensions.get(_PRE_SHARED_KEY)),
+        legacy_version,
+        extensions,
     )
 
 

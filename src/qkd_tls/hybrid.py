@@ -11,7 +11,6 @@ association secret and the tag key as HKDF returns them, immutable `bytes`, whos
 
 from __future__ import annotations
 
-import base64
 import binascii
 import enum
 import functools
@@ -38,6 +37,7 @@ __all__ = [
     "association_secret",
     "derive_psk",
     "imported_identity",
+    "tag_hmac",
     "tag_key",
 ]
 
@@ -61,6 +61,7 @@ MAX_IDENTITY_SIZE: Final = 255
 
 _TAG_SIZE: Final = 9
 _TO_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
+_FROM_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _SHA384: Final = SHA384()
 _ZERO_SALT: Final = bytes(48)
 _SAE_ID_SIZE: Final = 255
@@ -106,6 +107,7 @@ class KDF(enum.Enum):
         return ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256")
 
 
+_KDF_BY_NAME: Final = {kdf.value.encode(): kdf for kdf in KDF}
 # The end of an ImportedIdentity: TLS 1.3 and the hash that the PSK is for (RFC 9258 section 5.1).
 _IMPORT_TARGET: Final = {kdf: b"\x03\x04" + kdf.target_kdf.to_bytes(2, "big") for kdf in KDF}
 # What precedes the hash in the HkdfLabel of RFC 8446 section 7.1, which prepends "tls13 " to the label.
@@ -136,12 +138,17 @@ def tag_key(association_secret: bytes | bytearray) -> bytes:
     return HKDFExpand(_SHA384, 48, b"qkd-tls/1 identity tag").derive(association_secret)
 
 
+def tag_hmac(association_secret: bytes | bytearray) -> HMAC:
+    """HMAC-SHA-384, keyed with the tag key: OpenSSL keeps the key, and wipes it when the object is freed."""
+    return HMAC(tag_key(association_secret), _SHA384)
+
+
 def association_id(association_secret: bytes | bytearray) -> bytes:
     """What both sides know an association by, 16 bytes; public, as it is part of each PSK identity."""
     return HKDFExpand(_SHA384, ASSOCIATION_ID_SIZE, b"qkd-tls/1 association id").derive(association_secret)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PSKIdentity:
     """The PSK identity of a hybrid handshake: which association and which QKD key. All of it is public.
 
@@ -168,13 +175,13 @@ class PSKIdentity:
             raise ValueError("a key ID has 1 to 207 printable ASCII characters, none of them a space")
 
     @classmethod
-    def create(cls, kdf: KDF, association_id: bytes, tag_key: bytes | bytearray, key_id: str) -> PSKIdentity:
-        """The identity for the QKD key `key_id`, with its tag.
+    def create(cls, kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> PSKIdentity:
+        """The identity for the QKD key `key_id`, with its tag; `tagger` is the association's `tag_hmac`.
 
         Raises:
             ValueError: as the class; also for a key ID that is not ASCII.
         """
-        return cls(kdf, association_id, _tag(kdf, association_id, tag_key, key_id), key_id)
+        return cls(kdf, association_id, _tag(kdf, association_id, tagger, key_id), key_id)
 
     @classmethod
     def parse(cls, identity: bytes) -> PSKIdentity:
@@ -188,9 +195,9 @@ class PSKIdentity:
             raise ValueError("not a PSK identity of qkd-tls/1")
         kdf, association_id, tag, key_id = match.groups()
         return cls(
-            KDF(kdf.decode()),
-            base64.urlsafe_b64decode(association_id + b"=="),
-            base64.urlsafe_b64decode(tag),
+            _KDF_BY_NAME[kdf],
+            binascii.a2b_base64(association_id.translate(_FROM_URL_SAFE) + b"=="),
+            binascii.a2b_base64(tag.translate(_FROM_URL_SAFE)),
             key_id.decode(),
         )
 
@@ -198,13 +205,15 @@ class PSKIdentity:
         """The identity as it goes over the wire: ASCII, at most 255 bytes."""
         return b".".join((_head(self.kdf, self.association_id), _base64url(self.tag), self.key_id.encode()))
 
-    def verify_tag(self, tag_key: bytes | bytearray) -> None:
+    def verify_tag(self, tagger: HMAC) -> None:
         """Check, in constant time, that the sender of this identity holds the association secret.
+
+        `tagger` is the association's `tag_hmac`.
 
         Raises:
             TagMismatch: it does not.
         """
-        expected = _tag(self.kdf, self.association_id, tag_key, self.key_id)
+        expected = _tag(self.kdf, self.association_id, tagger, self.key_id)
         if not hmac.compare_digest(expected, self.tag):
             raise TagMismatch("the tag of the PSK identity does not belong to this association and key ID")
 
@@ -278,9 +287,10 @@ def _head(kdf: KDF, association_id: bytes) -> bytes:
     return b".".join((b"qkd1", kdf.value.encode(), _base64url(association_id)))
 
 
-def _tag(kdf: KDF, association_id: bytes, tag_key: bytes | bytearray, key_id: str) -> bytes:
-    text = _head(kdf, association_id) + b"." + key_id.encode("ascii")
-    return _hmac(tag_key, text)[:_TAG_SIZE]
+def _tag(kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> bytes:
+    keyed = tagger.copy()
+    keyed.update(_head(kdf, association_id) + b"." + key_id.encode("ascii"))
+    return keyed.finalize()[:_TAG_SIZE]
 
 
 def _base64url(data: bytes) -> bytes:
@@ -310,12 +320,6 @@ def _concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
 
 def _wipe(data: bytearray) -> None:
     data[:] = bytes(len(data))
-
-
-def _hmac(key: bytes | bytearray, text: bytes) -> bytes:
-    keyed = HMAC(key, _SHA384)
-    keyed.update(text)
-    return keyed.finalize()
 
 
 def _sha384(data: bytes) -> bytes:

@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 import pytest
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ from qkd_tls.hybrid import (
     association_secret,
     derive_psk,
     imported_identity,
+    tag_hmac,
     tag_key,
 )
 
@@ -37,7 +40,13 @@ VECTORS: list[Vector] = json.loads(
     (Path(__file__).parent.parent / "vectors" / "hybrid_psk_v1.json").read_text(encoding="utf-8")
 )["cases"]
 A = bytes(range(48))
-IDENTITY = PSKIdentity.create(KDF.SHA384, bytes(16), A, "key-1")
+
+
+def keyed(tag_key: bytes) -> HMAC:
+    return HMAC(tag_key, SHA384())
+
+
+IDENTITY = PSKIdentity.create(KDF.SHA384, bytes(16), keyed(A), "key-1")
 KEY_IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=207)
 
 
@@ -55,10 +64,10 @@ class TestVectors:
 
     def test_identity(self, vector: Vector) -> None:
         secret, association = unhex(vector, "association_secret", "association_id")
-        identity = PSKIdentity.create(KDF(vector["kdf"]), association, tag_key(secret), vector["key_id"])
+        identity = PSKIdentity.create(KDF(vector["kdf"]), association, tag_hmac(secret), vector["key_id"])
         assert identity.encode() == vector["psk_identity"].encode()
         assert PSKIdentity.parse(vector["psk_identity"].encode()) == identity
-        identity.verify_tag(tag_key(secret))
+        identity.verify_tag(tag_hmac(secret))
 
     def test_imported_identity(self, vector: Vector) -> None:
         imported = imported_identity(
@@ -110,7 +119,7 @@ def test_second_implementation(vector: Vector) -> None:
     assert association_secret(exporter_secret, kem_secret) == secret
     assert association_id(secret) == identifier
     assert tag_key(secret) == key
-    assert PSKIdentity.create(kdf, identifier, key, vector["key_id"]).encode() == identity
+    assert PSKIdentity.create(kdf, identifier, keyed(key), vector["key_id"]).encode() == identity
     assert imported_identity(identity, vector["client_sae"], vector["server_sae"], kdf) == imported
     assert derive_psk(qkd_key, secret, identity, vector["client_sae"], vector["server_sae"], kdf) == psk
 
@@ -199,12 +208,12 @@ class TestInputs:
 class TestPSKIdentity:
     @given(st.sampled_from(KDF), st.binary(min_size=16, max_size=16), KEY_IDS)
     def test_round_trip(self, kdf: KDF, association: bytes, key_id: str) -> None:
-        identity = PSKIdentity.create(kdf, association, A, key_id)
+        identity = PSKIdentity.create(kdf, association, keyed(A), key_id)
         encoded = identity.encode()
         assert len(encoded) <= 255
         assert encoded.isascii()
         assert PSKIdentity.parse(encoded) == identity
-        identity.verify_tag(A)
+        identity.verify_tag(keyed(A))
 
     @given(st.binary(max_size=300) | st.from_regex(rb"qkd1\.(sha384|sha256)\.[A-Za-z0-9_=-]*\.[ -~]*"))
     def test_parses_only_what_it_would_write(self, data: bytes) -> None:
@@ -246,13 +255,13 @@ class TestPSKIdentity:
             PSKIdentity.parse(identity)
 
     def test_key_id_with_dots(self) -> None:
-        identity = PSKIdentity.create(KDF.SHA256, bytes(16), A, "a.b..c.")
+        identity = PSKIdentity.create(KDF.SHA256, bytes(16), keyed(A), "a.b..c.")
         assert PSKIdentity.parse(identity.encode()).key_id == "a.b..c."
 
     @pytest.mark.parametrize("key_id", ["", "a b", "a\n", "é", "\x7f", "x" * 208, "\ud800"])
     def test_key_ids_that_cannot_be(self, key_id: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011  (the text may be that of the ASCII codec)
-            PSKIdentity.create(KDF.SHA384, bytes(16), A, key_id)
+            PSKIdentity.create(KDF.SHA384, bytes(16), keyed(A), key_id)
         with pytest.raises(ValueError, match="key ID"):
             PSKIdentity(KDF.SHA384, bytes(16), bytes(9), key_id)
 
@@ -271,11 +280,11 @@ class TestPSKIdentity:
             PSKIdentity(KDF.SHA384, bytes(16), tag, "key-2"),
         ):
             with pytest.raises(TagMismatch):
-                other.verify_tag(A)
+                other.verify_tag(keyed(A))
 
     def test_tag_of_another_association(self) -> None:
         with pytest.raises(TagMismatch, match="does not belong"):
-            IDENTITY.verify_tag(A[::-1])
+            IDENTITY.verify_tag(keyed(A[::-1]))
 
 
 def test_kdf() -> None:

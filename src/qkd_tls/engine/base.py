@@ -225,21 +225,7 @@ class Engine:
 
     def _checked(self, fetch: FetchKeys | FetchKeysByID, keys: list[QKDKey]) -> list[QKDKey] | KMSError:
         """A KMS is not trusted to have done what it was asked."""
-        wanted = fetch.number if isinstance(fetch, FetchKeys) else len(fetch.key_ids)
-        problem = None
-        if len(keys) != wanted:
-            problem = f"gave {len(keys)} keys, {wanted} were asked for"
-        elif short := [key.key_id for key in keys if key.size < _MIN_KEY_BITS]:
-            problem = f"gave keys of less than {_MIN_KEY_BITS} bits: {', '.join(short)}"
-        elif any(key.size > _MAX_KEY_BITS for key in keys):
-            problem = f"gave keys of more than {_MAX_KEY_BITS} bits"
-        elif used := [key.key_id for key in keys if key.used]:
-            problem = f"gave keys that are used already: {', '.join(used)}"
-        elif isinstance(fetch, FetchKeys):
-            if not control.are_names(key_ids := [key.key_id for key in keys]):
-                problem = f"gave keys by IDs that no peer can be told: {', '.join(map(repr, key_ids))}"
-        elif tuple(key.key_id for key in keys) != fetch.key_ids:
-            problem = "gave other keys than those asked for"
+        problem = _what_is_wrong(fetch, keys)
         if problem is None:
             return keys
         wipe_keys(keys)
@@ -394,6 +380,24 @@ class Engine:
             hint=error.hint or "check the KME and the link; policy 'prefer' would go on without a QKD key",
             error=error,
         )
+
+
+def _what_is_wrong(fetch: FetchKeys | FetchKeysByID, keys: list[QKDKey]) -> str | None:
+    key_ids = tuple([key.key_id for key in keys])
+    wanted = fetch.number if isinstance(fetch, FetchKeys) else len(fetch.key_ids)
+    if len(keys) != wanted:
+        return f"gave {len(keys)} keys, {wanted} were asked for"
+    for key in keys:
+        if not _MIN_KEY_BITS <= key.size <= _MAX_KEY_BITS:
+            return f"gave a key of {key.size} bits, not of {_MIN_KEY_BITS} to {_MAX_KEY_BITS}: {key.key_id}"
+        if key.used:
+            return f"gave a key that is used already: {key.key_id}"
+    if isinstance(fetch, FetchKeys):
+        if not control.are_names(key_ids):
+            return f"gave keys by IDs that no peer can be told: {', '.join(map(repr, key_ids))}"
+    elif key_ids != fetch.key_ids:
+        return "gave other keys than those asked for"
+    return None
 
 
 def wipe_keys(keys: Iterable[QKDKey]) -> None:
