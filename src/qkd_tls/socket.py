@@ -369,7 +369,11 @@ class QKDSocket(socket.socket):
             if self._late_error is not None:
                 error, self._late_error = self._late_error, None
                 raise error
-            return self._pump(lambda tls: tls.read_into(target), self._deadline(), "read")
+            deadline = self._deadline()
+            if self._tls is not None and self._tls.starved and self._timeout != 0.0:
+                # The last read has found out already that there is nothing to read.
+                self._wait(select.POLLIN, deadline, "read")
+            return self._pump(lambda tls: tls.read_into(target), deadline, "read")
         except ssl.SSLZeroReturnError:
             return 0
         except ssl.SSLEOFError:
@@ -415,8 +419,10 @@ class QKDSocket(socket.socket):
         sent = 0
         with self._turn(self._writing, select.POLLOUT, deadline, "write"):
             while sent < len(view):
-                rest = view[sent:]
-                sent += self._pump(lambda tls: tls.write(rest), deadline, "write")  # noqa: B023 - runs at once
+                start = sent
+                sent = self._pump(lambda tls: tls.write_all(view, start), deadline, "write")  # noqa: B023 - at once
+                if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
+                    self._wait(select.POLLOUT, deadline, "write")
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file through TLS; returns the number of bytes sent."""
