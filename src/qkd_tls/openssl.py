@@ -129,7 +129,12 @@ class Credentials:
                 f"cannot read the private key ({_reason(error) or error}): wrong password, or not PEM",
             ) from None
         credentials = cls(tuple(chain), key)
-        TLSContext(TLSSettings(server_side=True, credentials=credentials))
+        try:
+            TLSContext(TLSSettings(server_side=True, credentials=credentials))
+        except ssl.SSLError as error:
+            raise ssl.SSLError(
+                ssl.SSL_ERROR_SSL, f"{error.args[1]}; the key may not be the certificate's"
+            ) from None
         return credentials
 
 

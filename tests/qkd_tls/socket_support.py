@@ -76,14 +76,21 @@ class Identity:
 class Authority:
     """A CA whose certificates also pass the strict checks of newer Python versions."""
 
-    def __init__(self, directory: Path, name: str = "Test CA", kind: str = "ECDSA P-256") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str = "Test CA",
+        kind: str = "ECDSA P-256",
+        issuer: Authority | None = None,
+    ) -> None:
         self._directory = directory
         self._name = name
         self.key = KEY_KINDS[kind]()
-        builder = self._builder(self._subject(name), self.key.public_key()).add_extension(
-            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        issuer = issuer or self
+        builder = issuer._builder(self._subject(name), self.key.public_key()).add_extension(
+            x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
-        self.certificate = self._signed(builder.add_extension(_key_usage(ca=True), critical=True))
+        self.certificate = issuer._signed(builder.add_extension(_key_usage(ca=True), critical=True))
         self.pem = self.certificate.public_bytes(serialization.Encoding.PEM).decode()
         self.der = self.certificate.public_bytes(serialization.Encoding.DER)
         self.file = directory / f"{name}.pem"
