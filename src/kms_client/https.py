@@ -185,7 +185,7 @@ class HTTPSClient:
         return KMSProtocolError(message, kms=self.url, status=response.status_code)
 
     def _check_credentials(self) -> None:
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             # A password, even an empty one, keeps OpenSSL from asking for one on the terminal.
             context.load_cert_chain(*self._credentials, password="")
@@ -308,5 +308,7 @@ class _Pool(urllib3.HTTPSConnectionPool):
 
 class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
+        # A context of our own: urllib3's would log the keys of this connection, over which QKD keys come, where the
+        # environment has SSLKEYLOGFILE.
+        super().init_poolmanager(*args, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"https": _Pool}

@@ -33,7 +33,7 @@ from kms_client import (
     UnknownKey,
     UnknownSAE,
 )
-from kms_client.emulator import DemoPKI, write_demo_pki
+from kms_client.emulator import DemoPKI, run_pair, write_demo_pki
 
 ID = "550e8400-e29b-41d4-a716-446655440000"
 OTHER = "650e8400-e29b-41d4-a716-446655440abc"
@@ -501,3 +501,13 @@ def test_the_search_for_leaks_finds_leaks() -> None:
         found = everything_in(error)
     with pytest.raises(AssertionError):
         assert_no_leak(found, KEY)
+
+
+def test_the_link_to_the_kme_has_no_key_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "keys.log"
+    monkeypatch.setenv("SSLKEYLOGFILE", os.fspath(log))
+    with run_pair() as pair:
+        client = pair.client("a")
+        client.get_keys("SAE-B")[0].wipe()
+        client.close()
+    assert not log.exists() or not log.read_text()

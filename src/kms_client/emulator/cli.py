@@ -191,7 +191,8 @@ def _recorder(arguments: argparse.Namespace, stack: ExitStack) -> Callable[[Deli
 
 
 def _link_client_context(cert: Path, key: Path, pki: DemoPKI) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(pki.kms_ca))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(pki.kms_ca)
     context.check_hostname = False  # the link checks the KME's ID instead
     context.load_cert_chain(cert, key)
     return context

@@ -291,7 +291,9 @@ class KME:
 
 def server_context(cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
     """TLS for a KME: its certificate, and a client certificate of the CA required."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(ca))
+    # Not create_default_context: it writes the keys of the connection to the file that SSLKEYLOGFILE names.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_verify_locations(ca)
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(cert, key)
     return context
