@@ -214,7 +214,7 @@ class Side:
 
     def write(self, data: bytes) -> None:
         """Send data of the application."""
-        assert self.engine.connection.write(data) == len(data)
+        write_all(self.engine.connection, data)
 
     def _read(self) -> None:
         try:
@@ -445,8 +445,9 @@ class Hand:
         self.tls = tls
         self.side = side
         self.raw = bytearray()
-        """What came and is not for this TLS connection: the engine's second handshake."""
+        """What is not for this TLS connection: the ClientHello of the engine's second handshake."""
         self._done = False
+        self._encrypted = False
         self._plain = bytearray()
 
     def shake_hands(self) -> Self:
@@ -462,8 +463,8 @@ class Hand:
         return self
 
     def send(self, *frames: control.Message | bytes | dict[str, Any], after: bytes = b"") -> Self:
-        """Messages, JSON objects or raw bytes in one TLS record; `after` follows in the clear, in the same flight."""
-        self.tls.write(b"".join(map(frame_of, frames)))
+        """Messages, JSON objects or raw bytes, together; `after` follows in the clear, in the same flight."""
+        write_all(self.tls, b"".join(map(frame_of, frames)))
         self.side.deliver(self.tls.take() + after)
         self._take_in(self.side.flight())
         return self
@@ -485,10 +486,17 @@ class Hand:
 
     def _take_in(self, data: bytes) -> None:
         for record in records(data):
-            if self._done and (record[0] == 22 or self.raw):
+            # A handshake record in the clear, behind encrypted ones, begins the second handshake.
+            if record[0] == 22 and self._encrypted:
                 self.raw += record
             else:
+                self._encrypted = self._encrypted or record[0] == 23
                 self.tls.feed(record)
+
+
+def write_all(tls: TLSConnection, data: bytes) -> None:
+    while data:
+        data = data[tls.write(data) :]
 
 
 def frame_of(content: control.Message | bytes | dict[str, Any]) -> bytes:

@@ -294,7 +294,8 @@ class Engine:
 
     def _send_message(self, message: control.Message) -> None:
         assert self._tls is not None
-        self._tls.write(control.encode(message))
+        # Memory is never full: the whole frame is written, however many records it takes.
+        self._tls.write_all(memoryview(control.encode(message)), 0)
         self._collect()
 
     def _exchange_over(self) -> None:
