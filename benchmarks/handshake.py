@@ -25,13 +25,13 @@ import trustme
 from OpenSSL import SSL
 
 import qkd_tls
-from kms_client import LocalKeyManager, QKDKey
-from qkd_tls.engine import Engine, Established, NeedData
+from kms_client import KeyManager, LocalKeyManager, QKDKey
+from qkd_tls.engine import Engine, Established, FetchKeys, FetchKeysByID
 from qkd_tls.fetch import fetch_keys
 from qkd_tls.openssl import openssl_version
 
 NAME = "server.example"
-NUMBER = 20
+NUMBER = 100
 
 
 def pyopenssl(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
@@ -141,24 +141,23 @@ class Ours:
         )
         done = [False, False]
         while not all(done):
-            for side in (0, 1):
-                done[side] = self._step(ends[side], side)
-                data = ends[side].data_to_send()
+            for side, manager in enumerate(self._managers):
+                engine, other = ends[side], ends[1 - side]
+                done[side] = self._step(engine, manager)
+                data = engine.data_to_send()
                 if data and not done[1 - side]:
-                    ends[1 - side].receive_data(data)
+                    other.receive_data(data)
         for end in ends:
             action = end.next_action()
             assert isinstance(action, Established)
             assert action.info.path == path
 
-    def _step(self, engine: Engine, side: int) -> bool:
-        while True:
+    def _step(self, engine: Engine, manager: KeyManager) -> bool:
+        action = engine.next_action()
+        while isinstance(action, FetchKeys | FetchKeysByID):
+            engine.keys(fetch_keys(action, manager))
             action = engine.next_action()
-            if isinstance(action, Established):
-                return True
-            if isinstance(action, NeedData):
-                return False
-            engine.keys(fetch_keys(action, self._managers[side]))
+        return isinstance(action, Established)
 
 
 def timed(handshake: Callable[[], None], number: int) -> float:
@@ -188,7 +187,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rounds", type=int, default=30, help=f"rounds of {NUMBER} handshakes of each kind (default 30)"
+        "--rounds", type=int, default=20, help=f"rounds of {NUMBER} handshakes of each kind (default 20)"
     )
     rounds = parser.parse_args().rounds
     ca = trustme.CA(key_type=trustme.KeyType.ECDSA)

@@ -7,8 +7,7 @@ secret, buffers of the TLS and JSON libraries, memory swapped to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from .errors import KeyAlreadyUsed, shown
@@ -68,23 +67,21 @@ class QKDKey:
         """Whether the secret was taken for use, or wiped."""
         return not self._unused
 
-    @contextmanager
-    def use(self) -> Iterator[bytearray]:
+    def use(self) -> AbstractContextManager[bytearray]:
         """The secret, for the length of a `with` block, once; wiped on leaving the block.
 
         Raises:
             KeyAlreadyUsed: on entering the block, if the key was used or wiped before, by any thread.
         """
+        return _Use(self)
+
+    def _take(self) -> bytearray:
         try:
-            secret = self._unused.pop()
+            return self._unused.pop()
         except IndexError:
             raise KeyAlreadyUsed(
                 "this QKD key was used already", kms=self._kms, key_ids=[self._key_id]
             ) from None
-        try:
-            yield secret
-        finally:
-            _zero(secret)
 
     def wipe(self) -> None:
         """Overwrite an unused secret. One in use is left to its user: leaving the block wipes it."""
@@ -105,6 +102,22 @@ class QKDKey:
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled or copied: a second copy would be a second use."""
         raise TypeError("a QKDKey cannot be copied or pickled: it can be used once only")
+
+
+class _Use:
+    """The `with` block of one use. Not a generator: keys are used in every handshake, and this is quicker."""
+
+    __slots__ = ("_key", "_secret")
+
+    def __init__(self, key: QKDKey) -> None:
+        self._key = key
+
+    def __enter__(self) -> bytearray:
+        self._secret = self._key._take()
+        return self._secret
+
+    def __exit__(self, *_: object) -> None:
+        _zero(self._secret)
 
 
 def _zero(secret: bytearray) -> None:

@@ -307,15 +307,14 @@ def _v16(data: bytes) -> bytes:
 
 def _concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
     """The secrets, each behind its length in two bytes; wiping it is up to the caller."""
-    keying_material = bytearray()
+    pieces: list[bytes | bytearray | memoryview] = []
     for secret in secrets:
         size = memoryview(secret).nbytes
         if size > 0xFFFF:
-            _wipe(keying_material)
             raise ValueError(f"a secret of {size} bytes is too long: the limit is 65535")
-        keying_material += size.to_bytes(2, "big")
-        keying_material += secret
-    return keying_material
+        pieces += (size.to_bytes(2, "big"), secret)
+    # Joined without copies in between.
+    return bytearray().join(pieces)
 
 
 def _wipe(data: bytearray) -> None:

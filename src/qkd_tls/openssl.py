@@ -293,10 +293,10 @@ class TLSConnection:
 
     # --- ciphertext, while in memory
 
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
+    def feed(self, data: bytes) -> None:
         """Give ciphertext from the transport."""
-        with _ffi.from_buffer(data) as buffer:
-            _require(not data or _lib.BIO_write(self._incoming, buffer, len(data)) == len(data))
+        if data:
+            _require(_lib.BIO_write(self._incoming, data, len(data)) == len(data))
 
     def take(self) -> bytes:
         """Ciphertext for the transport, all there is."""

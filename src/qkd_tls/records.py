@@ -18,18 +18,19 @@ class RecordBuffer:
     """Bytes from the transport, cut at record boundaries."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        # Immutable: a flight mostly comes in one piece, and then is never copied.
+        self._data = b""
 
     def __len__(self) -> int:
         return len(self._data)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
-        self._data += data
+        self._data = self._data + data if self._data else bytes(data)
 
     def peek(self) -> bytes:
         """All bytes not yet taken."""
-        return bytes(self._data)
+        return self._data
 
     def next_record(self) -> bytes | None:
         """One whole record with its header; None where more bytes are needed.
@@ -52,14 +53,12 @@ class RecordBuffer:
 
     def take_all(self) -> bytes:
         """Remove and return everything."""
-        taken = bytes(self._data)
-        self._data.clear()
+        taken, self._data = self._data, b""
         return taken
 
     def take(self, size: int) -> bytes:
         """Remove and return the first bytes."""
-        taken = bytes(self._data[:size])
-        del self._data[:size]
+        taken, self._data = self._data[:size], self._data[size:]
         return taken
 
 

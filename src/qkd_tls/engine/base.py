@@ -145,9 +145,9 @@ class Engine:
 
     def data_to_send(self) -> bytes:
         """Bytes for the transport; empty where there are none."""
-        self._collect()
         if not self._out:
-            return b""
+            return self._tls.take() if self._tls is not None and not self._tls.attached else b""
+        self._collect()
         data = bytes(self._out)
         self._out.clear()
         return data
