@@ -100,7 +100,7 @@ def explained(error: BaseException, kind: type[BaseException], *words: str) -> N
         assert word in str(error)
     if isinstance(error, QKDError):
         assert error.hint
-        assert f"What to do: {error.hint}" in str(error)
+        assert f"What to do: {error.hint.rstrip('.')}" in str(error)
 
 
 # --- causes that lie with QKD
