@@ -7,6 +7,7 @@ refuses (certificates, protocol version, groups) is raised as the standard libra
 from __future__ import annotations
 
 import ssl
+from typing import Final, TypeVar
 
 __all__ = [
     "ClassicalGroupWarning",
@@ -15,7 +16,24 @@ __all__ = [
     "QKDKeyMismatch",
     "QKDProtocolError",
     "QKDUnavailable",
+    "ssl_error",
 ]
+
+_SSLError = TypeVar("_SSLError", bound=ssl.SSLError)
+
+_NUMBERS: Final[dict[type[ssl.SSLError], int]] = {
+    ssl.SSLWantReadError: ssl.SSL_ERROR_WANT_READ,
+    ssl.SSLWantWriteError: ssl.SSL_ERROR_WANT_WRITE,
+    ssl.SSLZeroReturnError: ssl.SSL_ERROR_ZERO_RETURN,
+    ssl.SSLEOFError: ssl.SSL_ERROR_EOF,
+}
+
+
+def ssl_error(kind: type[_SSLError], text: str, reason: str | None = None) -> _SSLError:
+    """An error as the standard library makes it: with its number, and with `library` and `reason`, or None for them."""
+    error = kind(_NUMBERS.get(kind, ssl.SSL_ERROR_SSL), text)
+    error.library, error.reason = "SSL" if reason else None, reason  # type: ignore[assignment]
+    return error
 
 
 class QKDError(ssl.SSLError):

@@ -26,6 +26,7 @@ import OpenSSL
 from cryptography.hazmat.bindings.openssl.binding import Binding
 from OpenSSL import SSL, crypto
 
+from qkd_tls.errors import ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.psk import PSK
 
@@ -487,25 +488,22 @@ class TLSConnection:
         errno = _ffi.errno
         kind = _lib.SSL_get_error(self._ssl, result)
         if kind == _lib.SSL_ERROR_WANT_READ:
-            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
+            raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
         if kind == _lib.SSL_ERROR_WANT_WRITE:
-            raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+            raise ssl_error(ssl.SSLWantWriteError, "The operation did not complete (write)")
         if kind == _lib.SSL_ERROR_ZERO_RETURN:
-            raise ssl.SSLZeroReturnError(
-                ssl.SSL_ERROR_ZERO_RETURN, "TLS/SSL connection has been closed (EOF)"
-            )
+            raise ssl_error(ssl.SSLZeroReturnError, "TLS/SSL connection has been closed (EOF)")
         reason = _drain_error_queue()
         if kind == _lib.SSL_ERROR_SYSCALL and not reason:
             if errno:
                 raise OSError(errno, os.strerror(errno))
-            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+            raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
         if reason == "unexpected eof while reading":
-            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+            raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
         if reason == "certificate verify failed":
             raise self._verification_error()
-        error = ssl.SSLError(ssl.SSL_ERROR_SSL, f"[SSL] {reason or 'unknown error'}")
-        error.library, error.reason = "SSL", (reason or "unknown error").upper().replace(" ", "_")
-        raise error
+        reason = reason or "unknown error"
+        raise ssl_error(ssl.SSLError, f"[SSL] {reason}", reason.upper().replace(" ", "_"))
 
     def _verification_error(self) -> ssl.SSLCertVerificationError:
         code = _lib.SSL_get_verify_result(self._ssl)
@@ -514,10 +512,11 @@ class TLSConnection:
             text = f"Hostname mismatch, certificate is not valid for '{self._server_hostname}'."
         elif code == VerificationFailed.IP_ADDRESS_MISMATCH:
             text = f"IP address mismatch, certificate is not valid for '{self._server_hostname}'."
-        error = ssl.SSLCertVerificationError(
-            ssl.SSL_ERROR_SSL, f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {text}"
+        error = ssl_error(
+            ssl.SSLCertVerificationError,
+            f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {text}",
+            "CERTIFICATE_VERIFY_FAILED",
         )
-        error.library, error.reason = "SSL", "CERTIFICATE_VERIFY_FAILED"
         error.verify_code, error.verify_message = code, text
         return error
 
@@ -640,7 +639,7 @@ def _drain_error_queue() -> str:
 
 def _require(succeeded: bool) -> None:
     if not succeeded:
-        raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL failed: {_drain_error_queue() or 'no reason given'}")
+        raise ssl_error(ssl.SSLError, f"OpenSSL failed: {_drain_error_queue() or 'no reason given'}")
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from qkd_tls.engine.states import (
     NeedData,
     State,
 )
-from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable
+from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable, ssl_error
 from qkd_tls.hybrid import EXPORTER_LABEL, EXPORTER_SIZE, KDF, association_secret
 from qkd_tls.info import Path, Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext
@@ -163,7 +163,7 @@ class Engine:
     def abort(self) -> None:
         """Give up (a deadline has passed, say): wipe what was to be used."""
         if self._state not in (State.ESTABLISHED, State.FAILED):
-            self._guard(self._fail, ssl.SSLError(ssl.SSL_ERROR_SSL, "the handshake was given up"))
+            self._guard(self._fail, ssl_error(ssl.SSLError, "the handshake was given up"))
 
     # --- state
 
@@ -218,8 +218,8 @@ class Engine:
         raise NotImplementedError
 
     def _end_of_stream(self) -> None:
-        raise ssl.SSLEOFError(
-            ssl.SSL_ERROR_EOF,
+        raise ssl_error(
+            ssl.SSLEOFError,
             f"EOF occurred in violation of protocol: the peer closed the transport ({self._state.value})",
         )
 

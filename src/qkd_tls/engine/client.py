@@ -74,13 +74,17 @@ class ClientEngine(Engine):
         return self._config.associations.by_scope(self._scope, self._config.clock())
 
     def _derive(self, association: Association | None, key: QKDKey, *, announced: bool = False) -> None:
-        """Make the PSK; an association that has ended meanwhile means a bootstrap, to which the key is offered."""
+        """Make the PSK; an association that has ended meanwhile means a bootstrap, to which a fresh key is offered."""
         if association is not None:
             with contextlib.suppress(AssociationEnded):
                 self._psk = association.psk(key, self._config.kdf, announced=announced)
                 self._association = association
                 return
-        self._offered = [key]
+        if announced:
+            # The server's KMS has delivered it already.
+            key.wipe()
+        else:
+            self._offered = [key]
 
     def _first_hello(self, event: Event, *, speak_qkd: bool = True) -> None:
         self._go(event)
