@@ -222,13 +222,13 @@ class ServerEngine(Engine):
             return RejectCode.MALFORMED, "bytes after the offer"
         if len(offer.key_ids) > config.max_keys:
             return RejectCode.MALFORMED, f"{len(offer.key_ids)} keys offered, at most {config.max_keys}"
-        if offer.kms == NO_KMS:
-            return RejectCode.UNSUPPORTED_KMS, "the client has no QKD key to offer"
         if offer.kem is None and self._tls.group not in ML_KEM_GROUPS:
             return (
                 RejectCode.KEM_REQUIRED,
                 f"the group {self._tls.group} has no ML-KEM: offer an explicit KEM",
             )
+        if offer.kms == NO_KMS:
+            return RejectCode.UNSUPPORTED_KMS, "the client has no QKD key to offer"
         if offer.kms != config.kms_protocol:
             ours = config.kms_protocol
             return (
