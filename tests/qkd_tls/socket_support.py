@@ -109,15 +109,17 @@ class Authority:
         """A certificate for servers and clients, valid from `start` to `end` as seen from now."""
         key = KEY_KINDS[kind]()
         builder = self._builder(self._subject(name), key.public_key(), start, end)
-        for extension, critical in (
+        extensions: list[tuple[x509.ExtensionType, bool]] = [
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (_key_usage(ca=False), True),
             (
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
                 False,
             ),
-            (x509.SubjectAlternativeName([_general_name(host) for host in hosts]), False),
-        ):
+        ]
+        if names := [_general_name(host) for host in hosts]:
+            extensions.append((x509.SubjectAlternativeName(names), False))
+        for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
         return write_identity(self._directory / name, self._signed(builder), key, password)
 

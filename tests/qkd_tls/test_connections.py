@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -461,12 +462,17 @@ class TestRoundTrips:
         ],
     )
     def test_first_and_later_connections(self, lab: Lab, settings: dict[str, Any], more: int) -> None:
-        context = lab.client(**settings)
-        with Server(lab.server()) as server, Proxy(server.address, latency=LATENCY) as proxy:
-            first, second = (self.round_trips(lambda: proxy.connect(context)) for _ in range(2))
-            assert [server.seen_info().path for _ in range(2)] == [Path.BOOTSTRAP, Path.ASSOCIATED]
-        plain = self.plain_tls(lab)
-        assert (plain, second, first) == (2, plain, plain + more)
+        expected = (2, 2 + more, 2)
+        for _ in range(3):
+            context = lab.client(**settings)
+            with Server(lab.server()) as server, Proxy(server.address, latency=LATENCY) as proxy:
+                first, second = (self.round_trips(partial(proxy.connect, context)) for _ in range(2))
+                assert [server.seen_info().path for _ in range(2)] == [Path.BOOTSTRAP, Path.ASSOCIATED]
+            measured = (self.plain_tls(lab), first, second)
+            # A busy machine can only add time: then measure again.
+            if measured == expected:
+                break
+        assert measured == expected
 
     def test_names_on_the_wire(self, lab: Lab) -> None:
         """A passive observer sees key ID and association, which are public; not the SAE IDs, not what is said."""
