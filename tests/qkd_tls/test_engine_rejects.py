@@ -166,7 +166,7 @@ class TestClientWithoutKey:
         assert only_alerts(conversation.flights[-1][1])
 
     def test_over_a_classical_group(self) -> None:
-        """ML-KEM is never given up by policy: the want of it weighs more than that of a QKD key."""
+        """The want of ML-KEM weighs more than that of a QKD key, and policy never gives it up."""
         world = World(PREFER, PREFER, CLASSICAL, CLASSICAL)
         world.kms[0].close()
         assert world.connect().ends == ("QKDProtocolError kem_required", "QKDProtocolError kem_required")
