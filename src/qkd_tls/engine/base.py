@@ -73,11 +73,11 @@ class EngineConfig:
     max_keys: int = 64
     """Server: keys it takes in one offer."""
     clock: Callable[[], float] = field(default=time.time)
+    uses_qkd: bool = field(init=False)
+    """Whether QKD keys are to be used at all."""
 
-    @property
-    def uses_qkd(self) -> bool:
-        """Whether QKD keys are to be used at all."""
-        return bool(self.kms) and self.policy is not Policy.OFF
+    def __post_init__(self) -> None:
+        self.uses_qkd = bool(self.kms) and self.policy is not Policy.OFF
 
 
 class Engine:

@@ -101,6 +101,8 @@ class ClientEngine(Engine):
     # --- progress
 
     def _advance(self) -> None:
+        if not len(self._records):
+            return
         if self._state is State.CLIENT_HELLO:
             # In a bootstrap the server sends nothing more before it has an offer.
             self._feed_all()

@@ -144,7 +144,7 @@ class ServerEngine(Engine):
 
     def _handshake(self) -> None:
         assert self._tls is not None
-        while self._state is State.SERVER_HANDSHAKE:
+        while self._state is State.SERVER_HANDSHAKE and len(self._records):
             if self._tls.psk_accepted:
                 self._feed_all()
             else:
@@ -155,8 +155,6 @@ class ServerEngine(Engine):
                 self._tls.feed(record)
             if self._run_handshake():
                 self._after_handshake()
-            elif self._tls.psk_accepted and not len(self._records):
-                return
 
     def _after_handshake(self) -> None:
         assert self._tls is not None
