@@ -535,9 +535,14 @@ class Proxy:
 
     def release(self, sender: str, size: int) -> None:
         """Pass on so many of the bytes kept, in one piece."""
-        kept = self.held(sender, size)
-        self._receiver_from(sender).sendall(bytes(kept[:size]))
-        del kept[:size]
+        self.held(sender, size)
+        kept, changed = self._held[sender]
+        with changed:
+            piece = bytes(kept[:size])
+            del kept[:size]
+        # The receiver may have gone by itself.
+        with contextlib.suppress(OSError, StopIteration):
+            self._receiver_from(sender).sendall(piece)
 
     def _receiver_from(self, sender: str) -> socket.socket:
         return next(sock for sock in self._other if (sock in self._clients) == (sender == "server"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import OpenSSL.SSL
 import pytest
-from socket_support import TIMEOUT, Lab, Proxy, Server, connected, talk, tcp_pair
+from socket_support import TIMEOUT, Lab, Proxy, Server, connected, echo, talk, tcp_pair
 
 from qkd_tls import Protection, QKDContext, QKDSocket
 
@@ -537,6 +537,29 @@ class TestHandshake:
             proxy.release("client", 6 + (5 + 69) + (5 + 27) + (5 + 19))
             closing.result().close()
         assert received == [b"10", b"ear", b"ly data"]
+
+    @pytest.mark.parametrize("cut", [1, 4, 5, 6, 31, 32, 35, 63])
+    def test_flight_of_finished_cut_in_the_data_behind_it(self, local: Lab, cut: int) -> None:
+        """Half a record is in memory when OpenSSL takes over the socket, where the other half will come."""
+
+        def handler(sock: QKDSocket) -> None:
+            # The server's side of the handshake is over: now the rest may come.
+            proxy.release("client", 2 * (5 + 27) - cut)
+            echo(sock)
+
+        with (
+            Server(local.server(policy="off"), handler) as server,
+            Proxy(server.address) as proxy,
+            proxy.connect(local.client(policy="off"), do_handshake_on_connect=False) as client,
+        ):
+            proxy.hold("client")
+            shaking_hands = Background(client.do_handshake)
+            proxy.release("client", len(proxy.held("client", 1000)))
+            shaking_hands.result()
+            for _ in range(2):
+                client.sendall(b"early data")
+            proxy.release("client", 6 + (5 + 69) + cut)
+            assert receive(client, 20) == b"early data" * 2
 
     def test_error_is_raised_again_on_a_later_use(self, local: Lab) -> None:
         """A connection whose handshake has failed never carries data."""
