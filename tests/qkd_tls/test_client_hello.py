@@ -327,6 +327,6 @@ def read_all(result: ClientHello) -> None:
 
 
 def test_group_names() -> None:
-    assert group_names([4588, 29, 23]) == "X25519MLKEM768, x25519, secp256r1"
+    assert group_names([4588, 29, 23]) == "X25519MLKEM768, X25519, secp256r1"
     assert group_names([0x0A0A]) == "0x0a0a"
     assert group_names([]) == "none"

@@ -537,11 +537,7 @@ class TestUnsuitablePeer:
             self.stock_client_error(server, old)
             error = server.seen().error
         assert error is not None
-        if policy == "require":
-            # Whether it is too old does not matter then: it does not speak qkd-tls/1.
-            explained(error, QKDUnavailable, "the client does not speak qkd-tls/1")
-        else:
-            explained(error, ssl.SSLError, "unsupported protocol", "does not speak TLS 1.3")
+        explained(error, ssl.SSLError, "unsupported protocol", "does not speak TLS 1.3")
 
     def test_tls_1_2_server(self, lab: Lab, policy: str) -> None:
         old = lab.stock_server()
@@ -559,7 +555,7 @@ class TestUnsuitablePeer:
             error = server.seen().error
         assert error is not None
         if policy == "require":
-            explained(error, QKDUnavailable, "the client does not speak qkd-tls/1")
+            explained(error, QKDUnavailable, "the client does not speak qkd-tls/1", "its groups are secp256r1")
         else:
             explained(
                 error,

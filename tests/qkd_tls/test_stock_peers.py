@@ -243,7 +243,7 @@ class TestOpenSSLCommand:
         assert "handshake failure" in run.stderr
         assert type(error) is ssl.SSLError
         assert "no key exchange group in common" in str(error)
-        assert "the client offers x25519, secp256r1" in str(error)
+        assert "the client offers X25519, secp256r1" in str(error)
         assert "a classical group has to be added by name" in str(error)
 
     @pytest.mark.parametrize("policy", ["prefer", "off"])

@@ -224,5 +224,14 @@ def run_pair(
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
+    # Requests that a fault holds up outlive their KME.
+    loop.run_until_complete(_cancel_all())
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
+
+
+async def _cancel_all() -> None:
+    held_up = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in held_up:
+        task.cancel()
+    await asyncio.gather(*held_up, return_exceptions=True)

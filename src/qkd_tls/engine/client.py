@@ -138,7 +138,7 @@ class ClientEngine(Engine):
             self._offered = []
             if self._config.uses_qkd and self._fallback is None:
                 self._no_qkd(
-                    f"the server {self._server_hostname or ''} does not speak {ALPN_PROTOCOL}, or has no KMS",
+                    f"the server{_named(self._server_hostname)} does not speak {ALPN_PROTOCOL}, or has no KMS",
                     hint="configure a key manager on the server; policy 'prefer' would go on without a QKD key",
                 )
             self._establish(Event.PLAIN, alpn)
@@ -340,3 +340,7 @@ class ClientEngine(Engine):
                 hint="give this side a key manager that works; the server's policy is 'require'",
             )
         return with_hint(error, CLIENT_HINTS.get(error.reason or "", ""))
+
+
+def _named(name: str | None) -> str:
+    return f" {name}" if name else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from typing import Final, NoReturn
 
@@ -27,6 +28,7 @@ from qkd_tls.records import alert
 
 __all__ = ["ServerEngine"]
 
+_TLS1_3: Final = 0x0304
 _ALERT_NO_APPLICATION_PROTOCOL: Final = 120
 
 
@@ -113,15 +115,14 @@ class ServerEngine(Engine):
         self._tls = TLSConnection(self._config.context, psk=self._psk, select_alpn=self._select_alpn)
 
     def _refuse_stock_client(self) -> None:
-        offered = self._hello.alpn if self._hello is not None else ()
-        if self._config.policy is not Policy.REQUIRE or ALPN_PROTOCOL.encode() in offered:
+        if self._config.policy is not Policy.REQUIRE or self._hello is None or not _speaks_tls13(self._hello):
+            # What is no TLS, broken, or too old is for OpenSSL to name. Nothing gets past _after_handshake.
             return
-        if self._hello is None:
-            # Not TLS, or broken: let OpenSSL name it. Nothing gets past _after_handshake.
+        if ALPN_PROTOCOL.encode() in self._hello.alpn:
             return
         self._out += alert(_ALERT_NO_APPLICATION_PROTOCOL)
         raise QKDUnavailable(
-            f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key",
+            f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key; its groups are {_groups_of(self._hello)}",
             hint="give the client a key manager; policy 'prefer' would let it in without a QKD key",
         )
 
@@ -330,8 +331,21 @@ class ServerEngine(Engine):
         if mismatch is not None:
             return mismatch
         ours = ", ".join(self._config.context.settings.groups)
-        theirs = group_names(self._hello.groups) if self._hello is not None else "unknown ones"
-        return with_hint(error, SERVER_HINTS.get(error.reason or "", "").format(ours=ours, theirs=theirs))
+        hint = SERVER_HINTS.get(error.reason or "", "")
+        return with_hint(error, hint.format(ours=ours, theirs=_groups_of(self._hello)))
+
+
+def _speaks_tls13(hello: ClientHello) -> bool:
+    with contextlib.suppress(ClientHelloError):
+        return _TLS1_3 in hello.versions
+    return False
+
+
+def _groups_of(hello: ClientHello | None) -> str:
+    with contextlib.suppress(ClientHelloError):
+        if hello is not None:
+            return group_names(hello.groups)
+    return "unknown ones"
 
 
 def _reject_code(error: KMSError) -> RejectCode:
