@@ -122,6 +122,24 @@ class TestHealing:
         world.established("pq-only")
         assert world.loose_keys() == []
 
+    def test_an_announced_key_of_an_association_that_ends_just_now(self) -> None:
+        """Another thread closes the association between the look-up and the use; the server has that key already."""
+        world = associated(client={"announced_keys": 1})
+        association = world.association(0)
+        take = association.take_announced
+        taken: list[QKDKey | None] = []
+
+        def take_and_close() -> QKDKey | None:
+            taken.append(take())
+            world.stores[0].clear()
+            return taken[0]
+
+        association.take_announced = take_and_close  # type: ignore[method-assign]
+        conversation = world.established("bootstrap")
+        assert taken[0] is not None
+        assert taken[0].used
+        assert conversation.infos[0].key_id != taken[0].key_id
+
 
 class TestIdentities:
     """A ClientHello's PSK identity: only one with a right tag and a fresh key ID makes the server ask its KMS."""

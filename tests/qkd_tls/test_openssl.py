@@ -674,6 +674,49 @@ class TestAttached:
         with pytest.raises(ssl.SSLWantWriteError):
             one.write_all(memoryview(data), 0)
 
+    def test_full_records_are_read_together(
+        self, pair: tuple[TLSConnection, TLSConnection, socket.socket, socket.socket]
+    ) -> None:
+        one, other, _, right = pair
+        right.setblocking(False)
+        data = os.urandom(3 << 14)
+        write_all(one, data)
+        buffer = bytearray(1 << 20)
+        assert other.read_into(buffer) == len(data)
+        assert buffer[: len(data)] == data
+        # There was nothing behind them: no need to try again before more has come.
+        assert other.starved
+
+    def test_an_error_behind_a_full_record_waits_for_the_next_read(
+        self, pair: tuple[TLSConnection, TLSConnection, socket.socket, socket.socket]
+    ) -> None:
+        one, other, left, _ = pair
+        write_all(one, bytes(1 << 14))
+        left.shutdown(socket.SHUT_WR)
+        assert len(other.read(1 << 20)) == 1 << 14
+        with pytest.raises(ssl.SSLEOFError):
+            other.read(1)
+
+    def test_a_full_transport_takes_a_part(
+        self, pair: tuple[TLSConnection, TLSConnection, socket.socket, socket.socket]
+    ) -> None:
+        one, other, left, right = pair
+        left.setblocking(False)
+        right.setblocking(False)
+        data = os.urandom(1 << 22)
+        position = 0
+        while not one.clogged:
+            position = one.write_all(memoryview(data), position)
+        assert 0 < position < len(data)
+        received = bytearray()
+        while position < len(data) or len(received) < len(data):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                while True:
+                    received += other.read(1 << 20)
+            if position < len(data):
+                position = one.write_all(memoryview(data), position)
+        assert received == data
+
     def test_a_transport_that_ends_without_close_notify(
         self, pair: tuple[TLSConnection, TLSConnection, socket.socket, socket.socket]
     ) -> None:
