@@ -241,6 +241,27 @@ class TestGarbageInEveryState:
         if what.startswith(b"GET"):
             assert "plain HTTP" in str(server.error)
 
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("002b0003020304", "002b0003010304"),
+            ("002b0003020304", "002b0003020303"),
+            ("000a0004000211ec", "000a0004000111ec"),
+            ("000a0004000211ec", "000a0004000200ff"),
+        ],
+        ids=["versions broken", "only TLS 1.2", "groups broken", "groups unknown"],
+    )
+    @pytest.mark.parametrize("config", [{}, PREFER], ids=["require", "prefer"])
+    def test_a_client_hello_that_openssl_names_better(
+        self, old: str, new: str, config: dict[str, object]
+    ) -> None:
+        hello = World(client=OFF).new_client().flight()
+        assert hello.count(bytes.fromhex(old)) == 1
+        server = World(server=config).new_server()
+        server.deliver(hello.replace(bytes.fromhex(old), bytes.fromhex(new)))
+        assert isinstance(server.error, ssl.SSLError)
+        assert only_alerts(server.flight())
+
     @ROUNDS
     @given(garbage=st.binary(max_size=300))
     def test_made_up_frames_for_a_server(self, garbage: bytes) -> None:

@@ -458,33 +458,29 @@ class TestCallbacks:
         with pytest.raises(ssl.SSLError, match="OpenSSL failed"):
             openssl._current(one._ssl)
 
-    def test_another_connection(self) -> None:
-        one, other = client(psk=psk()), client()
-        openssl._shaking_hands.connection = one
-        try:
-            assert openssl._current(one._ssl) is one
-            with pytest.raises(ssl.SSLError):
-                openssl._current(other._ssl)
-        finally:
-            openssl._shaking_hands.connection = None
+    def test_another_connection_or_another_thread(self) -> None:
+        """Asked in the middle of a handshake, from inside a callback."""
+        stranger = client(psk=psk())
+        found: list[TLSConnection | ssl.SSLError] = []
 
-    def test_another_thread(self) -> None:
-        one = client(psk=psk())
-        openssl._shaking_hands.connection = one
-        failed: list[bool] = []
+        def look(connection: TLSConnection) -> None:
+            try:
+                found.append(openssl._current(connection._ssl))
+            except ssl.SSLError as error:
+                found.append(error)
 
-        def look() -> None:
-            with pytest.raises(ssl.SSLError):
-                openssl._current(one._ssl)
-            failed.append(True)
-
-        try:
-            thread = threading.Thread(target=look)
+        def select(connection: TLSConnection, _offered: tuple[bytes, ...]) -> None:
+            look(connection)
+            look(stranger)
+            thread = threading.Thread(target=look, args=(connection,))
             thread.start()
             thread.join()
-        finally:
-            openssl._shaking_hands.connection = None
-        assert failed == [True]
+
+        _, other = shake(client(alpn=("h2",)), server(select_alpn=select))
+        mine, strangers, in_a_thread = found
+        assert mine is other
+        assert isinstance(strangers, ssl.SSLError)
+        assert isinstance(in_a_thread, ssl.SSLError)
 
     def test_a_handshake_behind_our_back_gets_no_key(self) -> None:
         """OpenSSL is called without saying whose handshake it is: it fails, and nothing is sent."""

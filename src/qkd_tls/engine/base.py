@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ssl
 import time
@@ -80,7 +81,7 @@ class EngineConfig:
         self.uses_qkd = bool(self.kms) and self.policy is not Policy.OFF
 
 
-class Engine:
+class Engine(abc.ABC):
     """What both roles share: the transport's bytes, the actions, the end."""
 
     def __init__(self, config: EngineConfig, start: State) -> None:
@@ -211,11 +212,11 @@ class Engine:
 
     # --- steps, filled in by the roles
 
-    def _advance(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _advance(self) -> None: ...
 
-    def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _on_keys(self, result: list[QKDKey] | KMSError) -> None: ...
 
     def _end_of_stream(self) -> None:
         raise ssl_error(
@@ -252,8 +253,8 @@ class Engine:
         except ssl.SSLError as error:
             raise self._explained(error) from None
 
-    def _explained(self, error: ssl.SSLError) -> ssl.SSLError:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _explained(self, error: ssl.SSLError) -> ssl.SSLError: ...
 
     def _mismatch(self, error: ssl.SSLError) -> QKDKeyMismatch | None:
         """A binder that does not fit means that the two sides hold different keys for one key ID."""
@@ -289,8 +290,8 @@ class Engine:
             except ssl.SSLError as error:
                 raise self._explained(error) from None
 
-    def _peer_closed(self) -> NoReturn:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _peer_closed(self) -> NoReturn: ...
 
     def _send_message(self, message: control.Message) -> None:
         assert self._tls is not None
