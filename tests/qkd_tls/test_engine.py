@@ -328,6 +328,13 @@ class TestDriver:
             receiver.deliver(flight)
         assert conversation.server.received == b"early"
 
+    def test_what_comes_after_the_handshake_is_for_the_connection(self) -> None:
+        conversation = World().connect()
+        for data in (b"more", b""):
+            with pytest.raises(RuntimeError, match="for the connection"):
+                conversation.client.engine.receive_data(data)
+        conversation.talk()
+
     def test_a_host_name_that_openssl_refuses(self) -> None:
         side = World(host="x" * 300, client_tls={"check_hostname": False}).new_client().pump()
         assert side.end == "SSLError"

@@ -125,6 +125,8 @@ class Engine(abc.ABC):
         """Take bytes from the transport; none at all mean that the peer has closed it."""
         if self._state is State.FAILED:
             return
+        if self._state is State.ESTABLISHED:
+            raise RuntimeError("the handshake is over: what comes now is for the connection")
         if not data:
             self._guard(self._end_of_stream)
             return
