@@ -1,13 +1,15 @@
 """What a handshake costs: microseconds of CPU, both sides together, in memory.
 
-Four kinds take turns in one run, so that the ratios hold on a noisy machine:
+Five kinds take turns in one run, so that the ratios hold on a noisy machine:
 
 * ``pyOpenSSL``: TLS 1.3 with certificates, X25519MLKEM768, ECDSA P-256, on the OpenSSL that qkd-tls uses;
 * ``ssl``: the same with the standard library and the groups that it has;
 * ``bootstrap``: a first connection of qkd-tls, two handshakes and a QKD key;
-* ``associated``: a later one, with a fresh QKD key, all of the engine included.
+* ``associated``: a later one, with a fresh QKD key, all of the engine included;
+* ``announced``: the same, with a key that was fetched with the first connection.
 
-QKD keys have been fetched ahead, so that no KME is measured. Usage::
+All verify the server's certificate where they see one, and negotiate ALPN. QKD keys have been fetched ahead, so that
+no KME is measured. Usage::
 
     python benchmarks/handshake.py [--rounds N]
 """
@@ -31,7 +33,8 @@ from qkd_tls.fetch import fetch_keys
 from qkd_tls.openssl import openssl_version
 
 NAME = "server.example"
-NUMBER = 100
+ALPN = "http/1.1"
+NUMBER = 60  # an offer announces up to 63 keys for later connections
 
 
 def pyopenssl(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
@@ -43,6 +46,8 @@ def pyopenssl(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
     leaf.configure_cert(server)
     ca.configure_trust(client)
     client.set_verify(SSL.VERIFY_PEER)
+    client.set_alpn_protos([ALPN.encode()])
+    server.set_alpn_select_callback(lambda _connection, offered: offered[0])
 
     def handshake() -> None:
         ends = SSL.Connection(client, None), SSL.Connection(server, None)
@@ -69,6 +74,8 @@ def standard_library(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], Non
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     leaf.configure_cert(server)
     ca.configure_trust(client)
+    for context in (server, client):
+        context.set_alpn_protocols([ALPN])
 
     def handshake() -> None:
         bios = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -109,20 +116,25 @@ class FetchedAhead:
 class Ours:
     """Client and server contexts of qkd-tls with key managers of one link in this process."""
 
-    def __init__(self, ca: trustme.CA, leaf: trustme.LeafCert) -> None:
+    def __init__(self, ca: trustme.CA, leaf: trustme.LeafCert, *, announced: int = 0) -> None:
+        self._announced = announced
         self._link = LocalKeyManager.pair("SAE-A", "SAE-B")
         alice, bob = self._managers = FetchedAhead(self._link[0]), FetchedAhead(self._link[1])
         self._server = qkd_tls.QKDContext(ssl.PROTOCOL_TLS_SERVER, key_manager=bob)
-        self._client = qkd_tls.QKDContext(key_manager=alice, peer_sae_id="SAE-B")
+        self._client = qkd_tls.QKDContext(key_manager=alice, peer_sae_id="SAE-B", announced_keys=announced)
+        for context in (self._server, self._client):
+            context.set_alpn_protocols([ALPN])
         with leaf.private_key_and_cert_chain_pem.tempfile() as pem:
             self._server.load_cert_chain(pem)
         self._client.load_verify_locations(cadata=ca.cert_pem.bytes().decode())
 
-    def fetch(self, number: int) -> None:
-        """Have keys for this many handshakes."""
+    def prepare(self) -> None:
+        """Have keys for the next handshakes; announce them where they are to be announced."""
         alice, bob = self._managers
-        alice.keys = self._link[0].get_keys("SAE-B", number)
+        alice.keys = self._link[0].get_keys("SAE-B", NUMBER + 1)
         bob.keys = self._link[1].get_keys_by_id("SAE-A", [key.key_id for key in alice.keys])
+        if self._announced:
+            self.bootstrap()
 
     def bootstrap(self) -> None:
         """A first connection."""
@@ -154,7 +166,7 @@ class Ours:
 
     def _step(self, engine: Engine, manager: KeyManager) -> bool:
         action = engine.next_action()
-        while isinstance(action, FetchKeys | FetchKeysByID):
+        while isinstance(action, (FetchKeys, FetchKeysByID)):
             engine.keys(fetch_keys(action, manager))
             action = engine.next_action()
         return isinstance(action, Established)
@@ -192,18 +204,19 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
     leaf = ca.issue_cert(NAME, key_type=trustme.KeyType.ECDSA)
-    ours = Ours(ca, leaf)
-    kinds: dict[str, Callable[[], None]] = {
-        "pyOpenSSL": pyopenssl(ca, leaf),
-        "ssl": standard_library(ca, leaf),
-        "bootstrap": ours.bootstrap,
-        "associated": ours.associated,
+    fetched, announced = Ours(ca, leaf), Ours(ca, leaf, announced=NUMBER)
+    kinds: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "pyOpenSSL": (lambda: None, pyopenssl(ca, leaf)),
+        "ssl": (lambda: None, standard_library(ca, leaf)),
+        "bootstrap": (fetched.prepare, fetched.bootstrap),
+        "associated": (fetched.prepare, fetched.associated),
+        "announced": (announced.prepare, announced.associated),
     }
     samples: dict[str, list[float]] = {name: [] for name in kinds}
     print(f"{openssl_version()}; the standard library has {ssl.OPENSSL_VERSION}")
     for number in range(rounds + 1):
-        for name, handshake in kinds.items():
-            ours.fetch(NUMBER)
+        for name, (prepare, handshake) in kinds.items():
+            prepare()
             value = timed(handshake, NUMBER)
             if number:  # the first round warms up
                 samples[name].append(value)

@@ -64,6 +64,8 @@ _TO_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
 _FROM_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _SHA384: Final = SHA384()
 _ZERO_SALT: Final = bytes(48)
+# Copied rather than made, which would check the algorithm's type each time.
+_EMPTY_HASH: Final = Hash(_SHA384)
 _SAE_ID_SIZE: Final = 255
 
 # Exactly one text for each identity. The 22 base64url characters of an association ID hold 132 bits for its
@@ -110,6 +112,7 @@ class KDF(enum.Enum):
 _KDF_BY_NAME: Final = {kdf.value.encode(): kdf for kdf in KDF}
 # The end of an ImportedIdentity: TLS 1.3 and the hash that the PSK is for (RFC 9258 section 5.1).
 _IMPORT_TARGET: Final = {kdf: b"\x03\x04" + kdf.target_kdf.to_bytes(2, "big") for kdf in KDF}
+_PSK_SIZE: Final = {kdf: kdf.psk_size for kdf in KDF}
 # What precedes the hash in the HkdfLabel of RFC 8446 section 7.1, which prepends "tls13 " to the label.
 _LABEL_START: Final = {kdf: kdf.psk_size.to_bytes(2, "big") + b"\x11tls13 derived psk\x30" for kdf in KDF}
 
@@ -246,10 +249,10 @@ def derive_psk(
         raise ValueError(f"an association secret has {ASSOCIATION_SECRET_SIZE} bytes")
     imported = imported_identity(identity, client_sae_id, server_sae_id, kdf)
     label = _LABEL_START[kdf] + _sha384(imported)
-    keying_material, psk = _concatenation(qkd_key, association_secret), bytearray(kdf.psk_size)
+    keying_material, psk = _concatenation(qkd_key, association_secret), bytearray(_PSK_SIZE[kdf])
     try:
         # HKDF-Extract gives epskx, HKDF-Expand with that label the PSK: one call, which keeps epskx to itself.
-        HKDF(_SHA384, kdf.psk_size, _ZERO_SALT, label).derive_into(keying_material, psk)
+        HKDF(_SHA384, _PSK_SIZE[kdf], _ZERO_SALT, label).derive_into(keying_material, psk)
     finally:
         _wipe(keying_material)
     return psk
@@ -322,6 +325,6 @@ def _wipe(data: bytearray) -> None:
 
 
 def _sha384(data: bytes) -> bytes:
-    digest = Hash(_SHA384)
+    digest = _EMPTY_HASH.copy()
     digest.update(data)
     return digest.finalize()

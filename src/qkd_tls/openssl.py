@@ -63,10 +63,11 @@ _PSK_SUITE: Final = {
 }
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
-_TLSEXT_NAMETYPE_HOST_NAME: Final = 0
+_LONGEST_HOST_NAME: Final = 255
 _FULL_RECORD: Final = 1 << 14
 _LARGEST: Final = 0x7FFF_FFFF
 _WRITE_AT_ONCE: Final = 1 << 20
+_SCRATCH_SIZE: Final = 1 << 15
 # openssl/err.h: set in the codes of errors that are the system's.
 _SYSTEM_ERROR: Final = 1 << 31
 
@@ -156,6 +157,20 @@ class TLSSettings:
     """Accept the subject's common name where the certificate has no DNS names (RFC 6125 6.4.4 discourages it)."""
     groups: tuple[str, ...] = ("X25519MLKEM768",)
     cipher_suites: tuple[str, ...] = DEFAULT_CIPHER_SUITES[KDF.SHA384]
+
+
+class _ThisThread(threading.local):
+    """What belongs to a thread: bindings release the interpreter's lock."""
+
+    connection: TLSConnection | None = None
+    """That which is shaking hands, for the callbacks."""
+
+    def __init__(self) -> None:
+        # For ciphertext on its way out.
+        self.scratch = _ffi.new("char[]", _SCRATCH_SIZE)
+
+
+_this_thread: Final = _ThisThread()
 
 
 class TLSContext:
@@ -282,9 +297,9 @@ class TLSConnection:
         name = server_hostname.encode("ascii")
         if address is None:
             # RFC 6066 3: literal addresses are not permitted in server_name.
-            # The binding does not return OpenSSL's answer, which is no for names of more than 255 bytes.
+            # The binding does not return OpenSSL's answer, which is no for longer names.
+            _require(1 <= len(name) <= _LONGEST_HOST_NAME)
             _lib.SSL_set_tlsext_host_name(self._ssl, name)
-            _require(_lib.SSL_get_servername(self._ssl, _TLSEXT_NAMETYPE_HOST_NAME) != _ffi.NULL)
         if self.context.settings.check_hostname:
             parameters = _lib.SSL_get0_param(self._ssl)
             if address is None:
@@ -301,13 +316,12 @@ class TLSConnection:
 
     def take(self) -> bytes:
         """Ciphertext for the transport, all there is."""
-        size = _lib.BIO_get_mem_data(self._outgoing, _ffi.NULL)
-        if size <= 0:
-            return b""
-        data = bytearray(size)
-        with _ffi.from_buffer(data) as buffer:
-            _require(_lib.BIO_read(self._outgoing, buffer, size) == size)
-        return bytes(data)
+        scratch, data = _this_thread.scratch, b""
+        while (size := _lib.BIO_read(self._outgoing, scratch, _SCRATCH_SIZE)) > 0:
+            data += _ffi.buffer(scratch, size)[:]
+            if size < _SCRATCH_SIZE:
+                break
+        return data
 
     def attach(self, fileno: int) -> None:
         """Let OpenSSL read and write the socket itself from here on; both directions of memory must be empty."""
@@ -323,11 +337,11 @@ class TLSConnection:
     def handshake(self) -> bool:
         """Go on with the handshake; True when it is complete, False when it needs the peer's bytes."""
         _lib.ERR_clear_error()
-        _shaking_hands.connection = self
+        _this_thread.connection = self
         try:
             result = _lib.SSL_do_handshake(self._ssl)
         finally:
-            _shaking_hands.connection = None
+            _this_thread.connection = None
         if result != 1 and _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
             return False
         self._handshake_over()
@@ -524,15 +538,8 @@ class TLSConnection:
 # --- callbacks: they run inside SSL_do_handshake, in its thread
 
 
-class _ShakingHands(threading.local):
-    connection: TLSConnection | None = None
-
-
-_shaking_hands: Final = _ShakingHands()
-
-
 def _current(pointer: Any) -> TLSConnection:
-    connection = _shaking_hands.connection
+    connection = _this_thread.connection
     # Any other SSL object must never get this connection's key.
     _require(connection is not None and connection._ssl == pointer)
     assert connection is not None
