@@ -28,6 +28,7 @@ from qkd_tls.records import alert
 
 __all__ = ["ServerEngine"]
 
+_ALPN_PROTOCOL: Final = ALPN_PROTOCOL.encode()
 _TLS1_3: Final = 0x0304
 _ALERT_NO_APPLICATION_PROTOCOL: Final = 120
 
@@ -118,7 +119,7 @@ class ServerEngine(Engine):
         if self._config.policy is not Policy.REQUIRE or self._hello is None or not _speaks_tls13(self._hello):
             # What is no TLS, broken, or too old is for OpenSSL to name. Nothing gets past _after_handshake.
             return
-        if ALPN_PROTOCOL.encode() in self._hello.alpn:
+        if _ALPN_PROTOCOL in self._hello.alpn:
             return
         self._out += alert(_ALERT_NO_APPLICATION_PROTOCOL)
         raise QKDUnavailable(
@@ -127,12 +128,10 @@ class ServerEngine(Engine):
         )
 
     def _select_alpn(self, tls: TLSConnection, offered: tuple[bytes, ...]) -> bytes | None:
-        ours = (name.encode() for name in self._config.alpn)
-        selected = next((name for name in ours if name in offered), None)
-        self._app_alpn = selected.decode() if selected else None
-        if self._config.uses_qkd and not tls.psk_accepted and ALPN_PROTOCOL.encode() in offered:
-            return ALPN_PROTOCOL.encode()
-        return selected
+        self._app_alpn = next((name for name in self._config.alpn if name.encode() in offered), None)
+        if self._config.uses_qkd and not tls.psk_accepted and _ALPN_PROTOCOL in offered:
+            return _ALPN_PROTOCOL
+        return self._app_alpn.encode() if self._app_alpn else None
 
     def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
         if self._state is State.SERVER_OFFER_KEYS:
