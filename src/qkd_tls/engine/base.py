@@ -175,8 +175,6 @@ class Engine(abc.ABC):
 
     def _guard(self, step: Callable[..., object], *arguments: object) -> None:
         """Run a step; an error of the peer, the KMS or OpenSSL ends the handshake and waits for `next_action`."""
-        if self._state is State.FAILED:
-            return
         try:
             step(*arguments)
         except OSError as error:
