@@ -23,6 +23,7 @@ docs: $(VENV)/docs.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/handshake.py
+	$(BIN)/python benchmarks/throughput.py
 
 clean:
 	rm -rf $(VENV) node_modules build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

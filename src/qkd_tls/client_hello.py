@@ -119,6 +119,9 @@ def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | No
         ClientHelloError: the stream cannot become a ClientHello, whatever follows; raised as soon as the
             bytes show it, so that a peer which speaks another protocol is not waited for.
     """
+    whole = _in_one_record(records)
+    if whole is not None:
+        return whole
     message = bytearray()
     size = None  # of the whole message, once its header is there
     announced = 0  # bytes of handshake messages that the records seen so far hold or will hold
@@ -151,6 +154,20 @@ def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | No
         if announced == size:
             return bytes(message), taken
     raise ClientHelloError(f"a ClientHello in more than {_MAX_RECORDS} records")
+
+
+def _in_one_record(records: bytes | bytearray) -> tuple[bytes, int] | None:
+    """The usual case, without a loop: one record, which holds the message and nothing else, all there."""
+    end = _RECORD_HEADER_SIZE + int.from_bytes(records[3:5], "big")
+    if (
+        4 + _RECORD_HEADER_SIZE <= end <= min(len(records), _RECORD_HEADER_SIZE + _MAX_RECORD_SIZE)
+        and records[0] == _HANDSHAKE
+        and records[1] == 3
+        and records[5] == _CLIENT_HELLO
+        and 4 + int.from_bytes(records[6:9], "big") == end - _RECORD_HEADER_SIZE
+    ):
+        return bytes(records[_RECORD_HEADER_SIZE:end]), end
+    return None
 
 
 def parse_client_hello(message: bytes) -> ClientHello:

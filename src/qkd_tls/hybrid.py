@@ -197,12 +197,13 @@ class PSKIdentity:
         if match is None:
             raise ValueError("not a PSK identity of qkd-tls/1")
         kdf, association_id, tag, key_id = match.groups()
-        return cls(
-            _KDF_BY_NAME[kdf],
-            binascii.a2b_base64(association_id.translate(_FROM_URL_SAFE) + b"=="),
-            binascii.a2b_base64(tag.translate(_FROM_URL_SAFE)),
-            key_id.decode(),
-        )
+        # Not by the constructor: the pattern has checked everything.
+        parsed = cls.__new__(cls)
+        parsed.kdf = _KDF_BY_NAME[kdf]
+        parsed.association_id = binascii.a2b_base64(association_id.translate(_FROM_URL_SAFE) + b"==")
+        parsed.tag = binascii.a2b_base64(tag.translate(_FROM_URL_SAFE))
+        parsed.key_id = key_id.decode()
+        return parsed
 
     def encode(self) -> bytes:
         """The identity as it goes over the wire: ASCII, at most 255 bytes."""

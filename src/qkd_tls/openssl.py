@@ -168,6 +168,8 @@ class _ThisThread(threading.local):
     def __init__(self) -> None:
         # For ciphertext on its way out.
         self.scratch = _ffi.new("char[]", _SCRATCH_SIZE)
+        # For what OpenSSL says by reference.
+        self.pointer, self.size = _ffi.new("unsigned char **"), _ffi.new("unsigned int *")
 
 
 _this_thread: Final = _ThisThread()
@@ -362,7 +364,7 @@ class TLSConnection:
     @property
     def alpn(self) -> str | None:
         """The application protocol that the server selected (RFC 7301)."""
-        pointer, size = _ffi.new("unsigned char **"), _ffi.new("unsigned int *")
+        pointer, size = _this_thread.pointer, _this_thread.size
         _lib.SSL_get0_alpn_selected(self._ssl, pointer, size)
         return bytes(_ffi.buffer(pointer[0], size[0])).decode("ascii", "replace") if size[0] else None
 

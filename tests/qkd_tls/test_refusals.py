@@ -555,7 +555,9 @@ class TestUnsuitablePeer:
             error = server.seen().error
         assert error is not None
         if policy == "require":
-            explained(error, QKDUnavailable, "the client does not speak qkd-tls/1", "its groups are secp256r1")
+            explained(
+                error, QKDUnavailable, "the client does not speak qkd-tls/1", "its groups are secp256r1"
+            )
         else:
             explained(
                 error,

@@ -64,6 +64,7 @@ class ClientEngine(Engine):
             return
         key = association.take_announced()
         if key is None:
+            self._association = association
             self._fetch = FetchKeys(association.server_sae_id, 1)
             self._go(Event.KEY_WANTED)
         else:
@@ -170,8 +171,11 @@ class ClientEngine(Engine):
                 self._go(Event.NO_KEYS)
                 self._send_message(control.Offer(NO_KMS, self._config.sae_id, (NO_KMS,), None, False))
         elif self._state is State.CLIENT_KEY:
-            # Looked up again: the KMS may have taken longer than the association lasted.
-            self._derive(self._find_association(), result[0])
+            association, self._association = self._association, None
+            if association is None or not association.usable(self._config.clock()):
+                # The KMS has taken longer than the association lasted; another thread may have made the next one.
+                association = self._find_association()
+            self._derive(association, result[0])
             self._first_hello(Event.KEYS)
         else:
             self._make_offer(result)
