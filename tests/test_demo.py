@@ -57,7 +57,7 @@ def test_the_whole_demo(temporary_files: Path) -> None:
     assert [row[1] for row in rows] == ["bootstrap"] + 9 * ["associated"]
     assert [row[4] for row in rows] == ["1 + 1"] + 3 * ["0 + 0"] + 6 * ["1 + 1"]
     assert re.search(
-        r"require +refused with QKDUnavailable\n +no QKD key from https://127.0.0.1:\d+", result.stdout
+        r"require +refused with QKDUnavailable\n +no QKD key: .* \(KMS https://127.0.0.1:\d+; ", result.stdout
     )
     assert re.search(r"prefer +connected, protection pq-only", result.stdout)
     assert "FAILED" not in result.stdout
@@ -215,7 +215,7 @@ URL = "https://127.0.0.1:1"
 REFUSED: dict[str, Any] = {
     "error": "QKDUnavailable",
     "kms": URL,
-    "text": f"no QKD key from {URL}: refused (KMS {URL}; peer SAE SAE-B). Check it. What to do: check",
+    "text": f"no QKD key: refused (KMS {URL}; peer SAE SAE-B). What to do: Check it",
     "hint": "check",
     "warnings": [],
 }
@@ -292,7 +292,7 @@ def test_an_error_that_has_nothing_to_do_with_keys_is_not_reported_as_one() -> N
 
 
 def test_errors_are_shown_in_short() -> None:
-    assert story._in_short(REFUSED["text"]) == f"no QKD key from {URL}: refused"
+    assert story._in_short(REFUSED["text"]) == f"no QKD key: refused (KMS {URL}; peer SAE SAE-B)"
     assert story._in_short(None) == "nothing"
 
 

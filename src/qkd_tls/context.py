@@ -19,7 +19,7 @@ from socket import socket as Socket
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from kms_client import KeyManager
-from qkd_tls import kems
+from qkd_tls import control, kems
 from qkd_tls.association import AssociationStore
 from qkd_tls.engine import ALPN_PROTOCOL, ClientEngine, Engine, EngineConfig, ServerEngine
 from qkd_tls.hybrid import KDF
@@ -96,8 +96,11 @@ class QKDContext(ssl.SSLContext):
             raise ValueError(f"KEM {kem!r} is not available here; these are: {', '.join(kems.names())}")
         if not 0 <= announced_keys < 64:
             raise ValueError("announced_keys must be 0 to 63")
-        if association_lifetime < 1 or max_keys < 1:
-            raise ValueError("association_lifetime and max_keys must be 1 or more")
+        if association_lifetime < 1 or not 1 <= max_keys <= 1000:
+            raise ValueError("association_lifetime must be 1 or more, and max_keys 1 to 1000")
+        if key_manager is not None:
+            # What a peer could not be told shall not surface in the middle of a handshake.
+            control.Identity(key_manager.sae_id, (key_manager.protocol,), kems.names(), max_keys)
         self._server = protocol == ssl.PROTOCOL_TLS_SERVER
         self._peer_sae_id = None if isinstance(peer_sae_id, Mapping) else peer_sae_id
         self._peer_sae_ids = peer_sae_id if isinstance(peer_sae_id, Mapping) else {}

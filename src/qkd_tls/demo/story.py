@@ -368,8 +368,8 @@ def _shortened(key_id: str | None) -> str:
 
 
 def _in_short(text: str | None) -> str:
-    """An error's first sentence, without the particulars at its end; what to do about it follows there."""
-    return re.sub(r" \(KMS .*\)$", "", re.split(r"\.+ (?=[A-Z])", text)[0]) if text else "nothing"
+    """An error's first sentence; what to do about it follows there."""
+    return re.split(r"\.+ (?=[A-Z])", text)[0] if text else "nothing"
 
 
 def _port(address: str) -> str:
