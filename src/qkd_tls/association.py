@@ -18,7 +18,7 @@ from typing import Final
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from kms_client import QKDKey
-from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, tag_hmac
+from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, encode_identity, tag_hmac
 from qkd_tls.psk import PSK
 
 __all__ = ["MAX_CONNECTIONS", "Association", "AssociationEnded", "AssociationStore", "KeySpent"]
@@ -73,7 +73,7 @@ class Association:
             tagger = self._open_tagger()
             self._spent.add(key.key_id)
             if identity is None:
-                identity = PSKIdentity.create(kdf, self.id, tagger, key.key_id).encode()
+                identity = encode_identity(kdf, self.id, tagger, key.key_id)
             with key.use() as secret:
                 derived = derive_psk(
                     secret, self.secret, identity, self.client_sae_id, self.server_sae_id, kdf

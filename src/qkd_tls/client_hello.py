@@ -75,13 +75,16 @@ class ClientHello:
 
     server_name: str | None
     """The host name in the SNI extension (RFC 6066 section 3), as sent."""
-    alpn: tuple[bytes, ...]
-    """Application protocols (RFC 7301)."""
     psk_identities: tuple[bytes, ...]
     """Identities of the PSKs offered, of external and of resumption PSKs alike (RFC 8446 section 4.2.11)."""
     legacy_version: int
     extensions: dict[int, bytes] = field(repr=False)
     """All of them, by type."""
+
+    @property
+    def alpn(self) -> tuple[bytes, ...]:
+        """Application protocols (RFC 7301)."""
+        return _alpn(self.extensions.get(_ALPN))
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -178,7 +181,7 @@ def parse_client_hello(message: bytes) -> ClientHello:
 
     Raises:
         ClientHelloError: it is truncated, has bytes left over, an extension twice, `pre_shared_key` not last,
-            or names, protocols or identities that their definition does not allow.
+            or names or identities that their definition does not allow.
     """
     if not message:
         raise ClientHelloError("handshake type is truncated")
@@ -203,7 +206,6 @@ def parse_client_hello(message: bytes) -> ClientHello:
 
     return ClientHello(
         _server_name(extensions.get(_SERVER_NAME)),
-        _alpn(extensions.get(_ALPN)),
         _psk_identities(extensions.get(_PRE_SHARED_KEY)),
         legacy_version,
         extensions,

@@ -36,6 +36,7 @@ __all__ = [
     "association_id",
     "association_secret",
     "derive_psk",
+    "encode_identity",
     "imported_identity",
     "tag_hmac",
     "tag_key",
@@ -74,6 +75,7 @@ _IDENTITY: Final = re.compile(
     rb"qkd1\.(sha384|sha256)\.([A-Za-z0-9_-]{21}[AQgw])\.([A-Za-z0-9_-]{12})\.([!-~]{1,207})"
 )
 _KEY_ID: Final = re.compile(r"[!-~]{1,207}")
+_BAD_KEY_ID: Final = "a key ID has 1 to 207 printable ASCII characters, none of them a space"
 
 
 class TagMismatch(ValueError):
@@ -175,16 +177,7 @@ class PSKIdentity:
         if len(self.tag) != _TAG_SIZE:
             raise ValueError(f"the tag of a PSK identity has {_TAG_SIZE} bytes")
         if not _KEY_ID.fullmatch(self.key_id):
-            raise ValueError("a key ID has 1 to 207 printable ASCII characters, none of them a space")
-
-    @classmethod
-    def create(cls, kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> PSKIdentity:
-        """The identity for the QKD key `key_id`, with its tag; `tagger` is the association's `tag_hmac`.
-
-        Raises:
-            ValueError: as the class; also for a key ID that is not ASCII.
-        """
-        return cls(kdf, association_id, _tag(kdf, association_id, tagger, key_id), key_id)
+            raise ValueError(_BAD_KEY_ID)
 
     @classmethod
     def parse(cls, identity: bytes) -> PSKIdentity:
@@ -217,9 +210,23 @@ class PSKIdentity:
         Raises:
             TagMismatch: it does not.
         """
-        expected = _tag(self.kdf, self.association_id, tagger, self.key_id)
+        expected = _tag(_head(self.kdf, self.association_id), tagger, self.key_id)
         if not hmac.compare_digest(expected, self.tag):
             raise TagMismatch("the tag of the PSK identity does not belong to this association and key ID")
+
+
+def encode_identity(kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> bytes:
+    """The PSK identity for the QKD key `key_id` as it goes over the wire; `tagger` is the association's `tag_hmac`.
+
+    Raises:
+        ValueError: as `PSKIdentity`.
+    """
+    if len(association_id) != ASSOCIATION_ID_SIZE:
+        raise ValueError(f"an association ID has {ASSOCIATION_ID_SIZE} bytes")
+    if not _KEY_ID.fullmatch(key_id):
+        raise ValueError(_BAD_KEY_ID)
+    start = _head(kdf, association_id)
+    return b".".join((start, _base64url(_tag(start, tagger, key_id)), key_id.encode()))
 
 
 def derive_psk(
@@ -249,7 +256,9 @@ def derive_psk(
     if len(association_secret) != ASSOCIATION_SECRET_SIZE:
         raise ValueError(f"an association secret has {ASSOCIATION_SECRET_SIZE} bytes")
     imported = imported_identity(identity, client_sae_id, server_sae_id, kdf)
-    label = _LABEL_START[kdf] + _sha384(imported)
+    digest = _EMPTY_HASH.copy()
+    digest.update(imported)
+    label = _LABEL_START[kdf] + digest.finalize()
     keying_material, psk = _concatenation(qkd_key, association_secret), bytearray(_PSK_SIZE[kdf])
     try:
         # HKDF-Extract gives epskx, HKDF-Expand with that label the PSK: one call, which keeps epskx to itself.
@@ -291,9 +300,9 @@ def _head(kdf: KDF, association_id: bytes) -> bytes:
     return b".".join((b"qkd1", kdf.value.encode(), _base64url(association_id)))
 
 
-def _tag(kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> bytes:
+def _tag(start: bytes, tagger: HMAC, key_id: str) -> bytes:
     keyed = tagger.copy()
-    keyed.update(_head(kdf, association_id) + b"." + key_id.encode("ascii"))
+    keyed.update(start + b"." + key_id.encode())
     return keyed.finalize()[:_TAG_SIZE]
 
 
@@ -323,9 +332,3 @@ def _concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
 
 def _wipe(data: bytearray) -> None:
     data[:] = bytes(len(data))
-
-
-def _sha384(data: bytes) -> bytes:
-    digest = _EMPTY_HASH.copy()
-    digest.update(data)
-    return digest.finalize()

@@ -322,6 +322,7 @@ def try_to_parse(message: bytes) -> None:
 
 def read_all(result: ClientHello) -> None:
     """Read what is not read at once, too."""
+    assert all(result.alpn)
     for numbers in (result.groups, result.key_share_groups, result.versions, result.psk_modes):
         assert all(isinstance(number, int) for number in numbers)
 

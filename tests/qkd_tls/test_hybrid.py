@@ -29,6 +29,7 @@ from qkd_tls.hybrid import (
     association_id,
     association_secret,
     derive_psk,
+    encode_identity,
     imported_identity,
     tag_hmac,
     tag_key,
@@ -46,7 +47,11 @@ def keyed(tag_key: bytes) -> HMAC:
     return HMAC(tag_key, SHA384())
 
 
-IDENTITY = PSKIdentity.create(KDF.SHA384, bytes(16), keyed(A), "key-1")
+def created(kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> PSKIdentity:
+    return PSKIdentity.parse(encode_identity(kdf, association_id, tagger, key_id))
+
+
+IDENTITY = created(KDF.SHA384, bytes(16), keyed(A), "key-1")
 KEY_IDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=207)
 
 
@@ -64,7 +69,7 @@ class TestVectors:
 
     def test_identity(self, vector: Vector) -> None:
         secret, association = unhex(vector, "association_secret", "association_id")
-        identity = PSKIdentity.create(KDF(vector["kdf"]), association, tag_hmac(secret), vector["key_id"])
+        identity = created(KDF(vector["kdf"]), association, tag_hmac(secret), vector["key_id"])
         assert identity.encode() == vector["psk_identity"].encode()
         assert PSKIdentity.parse(vector["psk_identity"].encode()) == identity
         identity.verify_tag(tag_hmac(secret))
@@ -119,7 +124,7 @@ def test_second_implementation(vector: Vector) -> None:
     assert association_secret(exporter_secret, kem_secret) == secret
     assert association_id(secret) == identifier
     assert tag_key(secret) == key
-    assert PSKIdentity.create(kdf, identifier, keyed(key), vector["key_id"]).encode() == identity
+    assert created(kdf, identifier, keyed(key), vector["key_id"]).encode() == identity
     assert imported_identity(identity, vector["client_sae"], vector["server_sae"], kdf) == imported
     assert derive_psk(qkd_key, secret, identity, vector["client_sae"], vector["server_sae"], kdf) == psk
 
@@ -208,7 +213,7 @@ class TestInputs:
 class TestPSKIdentity:
     @given(st.sampled_from(KDF), st.binary(min_size=16, max_size=16), KEY_IDS)
     def test_round_trip(self, kdf: KDF, association: bytes, key_id: str) -> None:
-        identity = PSKIdentity.create(kdf, association, keyed(A), key_id)
+        identity = created(kdf, association, keyed(A), key_id)
         encoded = identity.encode()
         assert len(encoded) <= 255
         assert encoded.isascii()
@@ -255,13 +260,13 @@ class TestPSKIdentity:
             PSKIdentity.parse(identity)
 
     def test_key_id_with_dots(self) -> None:
-        identity = PSKIdentity.create(KDF.SHA256, bytes(16), keyed(A), "a.b..c.")
+        identity = created(KDF.SHA256, bytes(16), keyed(A), "a.b..c.")
         assert PSKIdentity.parse(identity.encode()).key_id == "a.b..c."
 
     @pytest.mark.parametrize("key_id", ["", "a b", "a\n", "é", "\x7f", "x" * 208, "\ud800"])
     def test_key_ids_that_cannot_be(self, key_id: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011  (the text may be that of the ASCII codec)
-            PSKIdentity.create(KDF.SHA384, bytes(16), keyed(A), key_id)
+            created(KDF.SHA384, bytes(16), keyed(A), key_id)
         with pytest.raises(ValueError, match="key ID"):
             PSKIdentity(KDF.SHA384, bytes(16), bytes(9), key_id)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 from collections.abc import Hashable
 from typing import NoReturn
@@ -77,8 +76,11 @@ class ClientEngine(Engine):
     def _derive(self, association: Association | None, key: QKDKey, *, announced: bool = False) -> None:
         """Make the PSK; an association that has ended meanwhile means a bootstrap, to which a fresh key is offered."""
         if association is not None:
-            with contextlib.suppress(AssociationEnded):
+            try:
                 self._psk = association.psk(key, self._config.kdf, announced=announced)
+            except AssociationEnded:
+                pass
+            else:
                 self._association = association
                 return
         if announced:

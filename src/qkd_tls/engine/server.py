@@ -116,10 +116,7 @@ class ServerEngine(Engine):
         self._tls = TLSConnection(self._config.context, psk=self._psk, select_alpn=self._select_alpn)
 
     def _refuse_stock_client(self) -> None:
-        if self._config.policy is not Policy.REQUIRE or self._hello is None or not _speaks_tls13(self._hello):
-            # What is no TLS, broken, or too old is for OpenSSL to name. Nothing gets past _after_handshake.
-            return
-        if _ALPN_PROTOCOL in self._hello.alpn:
+        if self._config.policy is not Policy.REQUIRE or self._hello is None or not _is_stock(self._hello):
             return
         self._out += alert(_ALERT_NO_APPLICATION_PROTOCOL)
         raise QKDUnavailable(
@@ -334,9 +331,10 @@ class ServerEngine(Engine):
         return with_hint(error, hint.format(ours=ours, theirs=_groups_of(self._hello)))
 
 
-def _speaks_tls13(hello: ClientHello) -> bool:
+def _is_stock(hello: ClientHello) -> bool:
+    """Whether it is in order, and without qkd-tls/1. What is broken or too old is for OpenSSL to name."""
     with contextlib.suppress(ClientHelloError):
-        return _TLS1_3 in hello.versions
+        return _TLS1_3 in hello.versions and _ALPN_PROTOCOL not in hello.alpn
     return False
 
 
