@@ -40,6 +40,8 @@ class ClientEngine(Engine):
         self._kem_key: kems.KEMKey | None = None
         self._hybrid: TLSConnection | None = None
         self._pipelined = False
+        self._waiting: Association | None = None
+        """The association that a key is being fetched for."""
         self._guard(self._start)
 
     @property
@@ -63,7 +65,7 @@ class ClientEngine(Engine):
             return
         key = association.take_announced()
         if key is None:
-            self._association = association
+            self._waiting = association
             self._fetch = FetchKeys(association.server_sae_id, 1)
             self._go(Event.KEY_WANTED)
         else:
@@ -173,7 +175,7 @@ class ClientEngine(Engine):
                 self._go(Event.NO_KEYS)
                 self._send_message(control.Offer(NO_KMS, self._config.sae_id, (NO_KMS,), None, False))
         elif self._state is State.CLIENT_KEY:
-            association, self._association = self._association, None
+            association = self._waiting
             if association is None or not association.usable(self._config.clock()):
                 # The KMS has taken longer than the association lasted; another thread may have made the next one.
                 association = self._find_association()
