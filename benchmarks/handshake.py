@@ -147,20 +147,19 @@ class Ours:
         self._handshake("associated")
 
     def _handshake(self, path: str) -> None:
-        ends = (
-            self._client.new_engine(server_side=False, server_hostname=NAME),
-            self._server.new_engine(server_side=True),
-        )
-        done = [False, False]
-        while not all(done):
-            for side, manager in enumerate(self._managers):
-                engine, other = ends[side], ends[1 - side]
-                done[side] = self._step(engine, manager)
-                data = engine.data_to_send()
-                if data and not done[1 - side]:
-                    other.receive_data(data)
-        for end in ends:
-            action = end.next_action()
+        alice, bob = self._managers
+        client = self._client.new_engine(server_side=False, server_hostname=NAME)
+        server = self._server.new_engine(server_side=True)
+        done = self._step(client, alice)
+        while True:
+            server.receive_data(client.data_to_send())
+            self._step(server, bob)
+            if done:
+                break
+            client.receive_data(server.data_to_send())
+            done = self._step(client, alice)
+        for engine in (client, server):
+            action = engine.next_action()
             assert isinstance(action, Established)
             assert action.info.path == path
 

@@ -597,12 +597,9 @@ def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any)
 )
 def _select_alpn(pointer: Any, out: Any, out_size: Any, offered: Any, size: int, _argument: Any) -> int:
     connection = _current(pointer)
-    wire = bytes(_ffi.buffer(offered, size))
-    names = []
-    while wire:
-        names.append(wire[1 : 1 + wire[0]])
-        wire = wire[1 + wire[0] :]
-    chosen = connection._select_alpn(connection, tuple(names)) if connection._select_alpn else None
+    if connection._select_alpn is None:
+        return int(_lib.SSL_TLSEXT_ERR_NOACK)
+    chosen = connection._select_alpn(connection, _alpn_names(_ffi.buffer(offered, size)[:]))
     if chosen is None:
         return int(_lib.SSL_TLSEXT_ERR_NOACK)
     connection._selected = _ffi.new("unsigned char[]", chosen)
@@ -622,6 +619,15 @@ def _memory(data: bytes) -> Any:
 @functools.lru_cache(maxsize=256)
 def _alpn_wire(names: tuple[str, ...]) -> bytes:
     return b"".join(bytes([len(name)]) + name.encode() for name in names)
+
+
+@functools.lru_cache(maxsize=256)
+def _alpn_names(wire: bytes) -> tuple[bytes, ...]:
+    names = []
+    while wire:
+        names.append(wire[1 : 1 + wire[0]])
+        wire = wire[1 + wire[0] :]
+    return tuple(names)
 
 
 @functools.lru_cache(maxsize=256)

@@ -113,6 +113,7 @@ class ServerEngine(Engine):
         if self._psk is None and self._config.uses_qkd:
             self._refuse_stock_client()
         self._go(event)
+        self._app_alpn = None
         self._tls = TLSConnection(self._config.context, psk=self._psk, select_alpn=self._select_alpn)
 
     def _refuse_stock_client(self) -> None:
@@ -125,7 +126,10 @@ class ServerEngine(Engine):
         )
 
     def _select_alpn(self, tls: TLSConnection, offered: tuple[bytes, ...]) -> bytes | None:
-        self._app_alpn = next((name for name in self._config.alpn if name.encode() in offered), None)
+        for name in self._config.alpn:
+            if name.encode() in offered:
+                self._app_alpn = name
+                break
         if self._config.uses_qkd and not tls.psk_accepted and _ALPN_PROTOCOL in offered:
             return _ALPN_PROTOCOL
         return self._app_alpn.encode() if self._app_alpn else None
