@@ -69,16 +69,17 @@ class Association:
         Raises AssociationEnded (the key is still unused then), kms_client.KeyAlreadyUsed, and ValueError for a key of
         less than 256 bits.
         """
+        key_id = key.key_id
         with self._lock:
             tagger = self._open_tagger()
-            self._spent.add(key.key_id)
+            self._spent.add(key_id)
             if identity is None:
-                identity = encode_identity(kdf, self.id, tagger, key.key_id)
+                identity = encode_identity(kdf, self.id, tagger, key_id)
             with key.use() as secret:
                 derived = derive_psk(
                     secret, self.secret, identity, self.client_sae_id, self.server_sae_id, kdf
                 )
-            return PSK(identity, derived, kdf, key.key_id, announced)
+        return PSK(identity, derived, kdf, key_id, announced)
 
     def _open_tagger(self) -> HMAC:
         # A wiped secret must never be mixed: zeros would stand in for X25519 and ML-KEM.

@@ -56,7 +56,7 @@ _GROUP_NAMES: Final = {
 _PRINTABLE: Final = re.compile(rb"[\x21-\x7e]+")
 
 
-_FIXED_SIZE: Final = 2 + 32  # legacy_version and random
+_SESSION_ID: Final = 4 + 2 + 32  # behind the header, legacy_version and random
 _TICKET_AGE_SIZE: Final = 4
 _EXTENSION_HEADER: Final = struct.Struct(">HH")
 
@@ -65,7 +65,7 @@ class ClientHelloError(ValueError):
     """The bytes are not a ClientHello as RFC 8446 has it; the text says where."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClientHello:
     """What a client offers, each list in the client's order; an absent extension is an empty tuple.
 
@@ -187,27 +187,19 @@ def parse_client_hello(message: bytes) -> ClientHello:
         raise ClientHelloError("handshake type is truncated")
     if message[0] != _CLIENT_HELLO:
         raise ClientHelloError("not a ClientHello")
-    body, end = _vector(message, 1, 3, "ClientHello")
-    if end != len(message):
-        raise ClientHelloError("bytes after the end of ClientHello")
-    if len(body) < _FIXED_SIZE:
-        raise ClientHelloError("random is truncated")
-    legacy_version = body[0] << 8 | body[1]
-    session_id, position = _vector(body, _FIXED_SIZE, 1, "legacy_session_id")
-    if len(session_id) > 32:
-        raise ClientHelloError("legacy_session_id longer than 32 bytes")
-    cipher_suites, position = _vector(body, position, 2, "cipher_suites")
-    if not cipher_suites or len(cipher_suites) % 2:
-        raise ClientHelloError(f"cipher_suites has {len(cipher_suites)} bytes")
-    compression, position = _vector(body, position, 1, "legacy_compression_methods")
-    if not compression:
-        raise ClientHelloError("legacy_compression_methods has 0 bytes")
-    extensions = _extensions(body, position)
+    size = 4 + int.from_bytes(message[1:4], "big")
+    if len(message) != size:
+        fault = "ClientHello is truncated" if len(message) < size else "bytes after the end of ClientHello"
+        raise ClientHelloError(fault)
+    try:
+        extensions = _extensions(message, _skip_fixed_part(message))
+    except (IndexError, struct.error):
+        raise ClientHelloError("ClientHello is truncated") from None
 
     return ClientHello(
         _server_name(extensions.get(_SERVER_NAME)),
         _psk_identities(extensions.get(_PRE_SHARED_KEY)),
-        legacy_version,
+        message[4] << 8 | message[5],
         extensions,
     )
 
@@ -237,29 +229,47 @@ def _only_vector(extension: bytes, length_size: int, what: str) -> bytes:
     return content
 
 
-def _extensions(body: bytes, position: int) -> dict[int, bytes]:
+def _skip_fixed_part(message: bytes) -> int:
+    """Where the extensions start: behind versions, random, session ID, cipher suites and compression methods."""
+    session_id = message[_SESSION_ID]
+    if session_id > 32:
+        raise ClientHelloError("legacy_session_id longer than 32 bytes")
+    position = _SESSION_ID + 1 + session_id
+    cipher_suites = message[position] << 8 | message[position + 1]
+    if not cipher_suites or cipher_suites % 2:
+        raise ClientHelloError(f"cipher_suites has {cipher_suites} bytes")
+    position += 2 + cipher_suites
+    compression_methods = message[position]
+    if not compression_methods:
+        raise ClientHelloError("legacy_compression_methods has 0 bytes")
+    return position + 1 + compression_methods
+
+
+def _extensions(message: bytes, position: int) -> dict[int, bytes]:
     """The extensions by type; none where TLS 1.2 and before leave the whole block out."""
     extensions: dict[int, bytes] = {}
-    if position == len(body):
+    size = len(message)
+    if position == size:
         return extensions
-    block, end = _vector(body, position, 2, "extensions")
-    if end != len(body):
+    block = position + 2
+    end = block + int.from_bytes(message[position:block], "big")
+    if end > size or block > size:
+        raise ClientHelloError("extensions is truncated")
+    if end < size:
         raise ClientHelloError("bytes after the end of ClientHello")
-    position, size = 0, len(block)
+    position = block
     while position < size:
-        # The binders of pre_shared_key cover all that precedes them (section 4.2.11).
-        if _PRE_SHARED_KEY in extensions:
-            raise ClientHelloError("pre_shared_key is not the last extension")
-        start = position + 4
-        if start > size:
-            raise ClientHelloError("an extension is truncated")
-        kind, length = _EXTENSION_HEADER.unpack_from(block, position)
+        kind, length = _EXTENSION_HEADER.unpack_from(message, position)
         if kind in extensions:
             raise ClientHelloError(f"extension {kind} appears twice")
+        start = position + 4
         position = start + length
         if position > size:
             raise ClientHelloError(f"extension {kind} is truncated")
-        extensions[kind] = block[start:position]
+        # The binders of pre_shared_key cover all that precedes them (section 4.2.11).
+        if kind == _PRE_SHARED_KEY and position != size:
+            raise ClientHelloError("pre_shared_key is not the last extension")
+        extensions[kind] = message[start:position]
     return extensions
 
 

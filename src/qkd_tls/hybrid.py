@@ -318,16 +318,15 @@ def _v16(data: bytes) -> bytes:
     return len(data).to_bytes(2, "big") + data
 
 
-def _concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
-    """The secrets, each behind its length in two bytes; wiping it is up to the caller."""
-    pieces: list[bytes | bytearray | memoryview] = []
-    for secret in secrets:
-        size = memoryview(secret).nbytes
-        if size > 0xFFFF:
-            raise ValueError(f"a secret of {size} bytes is too long: the limit is 65535")
-        pieces += (size.to_bytes(2, "big"), secret)
+def _concatenation(
+    first: bytes | bytearray | memoryview, second: bytes | bytearray | memoryview
+) -> bytearray:
+    """Two secrets, each behind its length in two bytes; wiping it is up to the caller."""
+    sizes = memoryview(first).nbytes, memoryview(second).nbytes
+    if max(sizes) > 0xFFFF:
+        raise ValueError(f"a secret of {max(sizes)} bytes is too long: the limit is 65535")
     # Joined without copies in between.
-    return bytearray().join(pieces)
+    return bytearray().join((sizes[0].to_bytes(2, "big"), first, sizes[1].to_bytes(2, "big"), second))
 
 
 def _wipe(data: bytearray) -> None:

@@ -308,8 +308,8 @@ def test_concatenated_secrets_are_wiped(monkeypatch: pytest.MonkeyPatch) -> None
     joined: list[bytearray] = []
     lengths: list[int] = []
 
-    def concatenation(*secrets: bytes | bytearray | memoryview) -> bytearray:
-        joined.append(original(*secrets))
+    def concatenation(first: bytes, second: bytes) -> bytearray:
+        joined.append(original(first, second))
         lengths.append(len(joined[-1]))
         assert any(joined[-1])
         return joined[-1]
