@@ -1,9 +1,10 @@
 """What a handshake costs: microseconds of CPU, both sides together, in memory.
 
-Five kinds take turns in one run, so that the ratios hold on a noisy machine:
+Six kinds take turns in one run, so that the ratios hold on a noisy machine:
 
 * ``pyOpenSSL``: TLS 1.3 with certificates, X25519MLKEM768, ECDSA P-256, on the OpenSSL that qkd-tls uses;
-* ``ssl``: the same with the standard library and the groups that it has;
+* ``issuing CA``: the same with a chain of two certificates, as most PKIs have it;
+* ``ssl``: as the first, with the standard library and the groups that it has;
 * ``bootstrap``: a first connection of qkd-tls, two handshakes and a QKD key;
 * ``associated``: a later one, with a fresh QKD key, all of the engine included;
 * ``announced``: the same, with a key that was fetched with the first connection.
@@ -206,6 +207,15 @@ def main() -> None:
     fetched, announced = Ours(ca, leaf), Ours(ca, leaf, announced=NUMBER)
     kinds: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "pyOpenSSL": (lambda: None, pyopenssl(ca, leaf)),
+        "issuing CA": (
+            lambda: None,
+            pyopenssl(
+                ca,
+                ca.create_child_ca(key_type=trustme.KeyType.ECDSA).issue_cert(
+                    NAME, key_type=trustme.KeyType.ECDSA
+                ),
+            ),
+        ),
         "ssl": (lambda: None, standard_library(ca, leaf)),
         "bootstrap": (fetched.prepare, fetched.bootstrap),
         "associated": (fetched.prepare, fetched.associated),
