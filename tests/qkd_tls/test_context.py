@@ -6,6 +6,7 @@ import gc
 import http.client
 import http.server
 import logging
+import socket
 import ssl
 import threading
 import traceback
@@ -326,3 +327,23 @@ def test_no_secret_is_told(
         for part in (secret, secret[:16], secret[-16:]):
             for spelling in spellings(part):
                 assert spelling not in everything
+
+
+@pytest.mark.parametrize(
+    ("hostname", "error"),
+    [
+        ("", ValueError),
+        (".example", ValueError),
+        ("a\0b", TypeError),
+        ("x" * 254, ValueError),
+    ],
+)
+def test_host_names_that_cannot_be(hostname: str, error: type[Exception]) -> None:
+    context = QKDContext(policy="off")
+    with socket.socket() as sock, pytest.raises(error):
+        context.wrap_socket(sock, server_hostname=hostname)
+
+
+def test_no_memory_bios_yet() -> None:
+    with pytest.raises(NotImplementedError, match="wrap_socket"):
+        QKDContext(policy="off").wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())

@@ -320,3 +320,8 @@ def test_concatenated_secrets_are_wiped(monkeypatch: pytest.MonkeyPatch) -> None
     derive_psk(b"\x03" * 32, A, IDENTITY.encode(), "client", "server", KDF.SHA384)
     assert lengths == [2 + 48 + 2 + 32, 2 + 32 + 2 + 48]
     assert not any(map(any, joined))
+
+
+def test_an_association_id_has_16_bytes() -> None:
+    with pytest.raises(ValueError, match="16 bytes"):
+        encode_identity(KDF.SHA384, bytes(15), keyed(A), "key-1")
