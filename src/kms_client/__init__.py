@@ -16,7 +16,7 @@ from .errors import (
     UnknownSAE,
 )
 from .etsi014 import Etsi014Client
-from .keys import QKDKey
+from .keys import QKDKey, wipe_keys
 from .local import LocalKeyManager
 from .manager import KeyManager, KMSStatus
 
@@ -36,4 +36,5 @@ __all__ = [
     "QKDKey",
     "UnknownKey",
     "UnknownSAE",
+    "wipe_keys",
 ]

@@ -28,7 +28,7 @@ from .etsi014_messages import (
     parse_status,
 )
 from .https import Answer, HTTPSClient
-from .keys import QKDKey
+from .keys import QKDKey, wipe_keys
 from .manager import KMSStatus, check_key_ids, check_number_and_size
 
 __all__ = ["Etsi014Client"]
@@ -172,7 +172,7 @@ class Etsi014Client:
                 hint="Ask for the key_size of the KME's status.",
             )
         if problem is not None:
-            _wipe(keys)
+            wipe_keys(keys)
             raise problem
         return keys
 
@@ -210,7 +210,7 @@ class Etsi014Client:
             if key is not None:
                 ordered.append(key)
         if found:
-            _wipe(keys)
+            wipe_keys(keys)
             raise KMSProtocolError(
                 "the KME delivered keys that were not asked for",
                 kms=self.name,
@@ -218,7 +218,7 @@ class Etsi014Client:
                 key_ids=list(found),
             )
         if len(ordered) < len(key_ids):
-            _wipe(ordered)
+            wipe_keys(ordered)
             delivered = {key.key_id for key in ordered}
             raise UnknownKey(
                 f"{len(key_ids)} keys were asked for, {len(keys)} delivered",
@@ -320,11 +320,6 @@ def _refusal(call: str, status: int, text: str, *, kms: str, peer: str, key_ids:
     elif status == 429 or status >= 500:
         kind, says = KMSUnavailable, f"the KME cannot serve: {text}" if text else "the KME cannot serve"
     return kind(says, kms=kms, peer=peer, key_ids=key_ids, status=status, hint=hint)
-
-
-def _wipe(keys: Sequence[QKDKey]) -> None:
-    for key in keys:
-        key.wipe()
 
 
 def _zero(body: bytearray) -> None:

@@ -7,12 +7,13 @@ secret, buffers of the TLS and JSON libraries, memory swapped to disk.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from .errors import KeyAlreadyUsed, shown
 
-__all__ = ["QKDKey"]
+__all__ = ["QKDKey", "wipe_keys"]
 
 
 class QKDKey:
@@ -102,6 +103,12 @@ class QKDKey:
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled or copied: a second copy would be a second use."""
         raise TypeError("a QKDKey cannot be copied or pickled: it can be used once only")
+
+
+def wipe_keys(keys: Iterable[QKDKey]) -> None:
+    """Wipe keys that nobody will use."""
+    for key in keys:
+        key.wipe()
 
 
 class _Use:

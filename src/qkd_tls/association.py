@@ -17,7 +17,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from kms_client import QKDKey
+from kms_client import QKDKey, wipe_keys
 from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, encode_identity, tag_hmac
 from qkd_tls.psk import PSK
 
@@ -93,8 +93,7 @@ class Association:
             if not self._closed:
                 self._announced.update((key.key_id, key) for key in keys)
                 return
-        for key in keys:
-            key.wipe()
+        wipe_keys(keys)
 
     @property
     def announced(self) -> int:
@@ -122,8 +121,7 @@ class Association:
         """Wipe the secrets and the keys left."""
         with self._lock:
             self._closed = True
-            for key in self._announced.values():
-                key.wipe()
+            wipe_keys(self._announced.values())
             self._announced.clear()
             self.secret[:] = bytes(len(self.secret))
             self._tagger = None

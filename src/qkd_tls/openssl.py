@@ -226,8 +226,7 @@ class TLSContext:
         self._context.set_verify(mode)
         store = _lib.SSL_CTX_get_cert_store(self._raw)
         for der in settings.trusted:
-            certificate = _ffi.gc(_lib.d2i_X509_bio(_memory(der), _ffi.NULL), _lib.X509_free)
-            _require(certificate != _ffi.NULL and _lib.X509_STORE_add_cert(store, certificate) == 1)
+            _require(_lib.X509_STORE_add_cert(store, _certificate(der)) == 1)
         for der in settings.crls:
             crl = _ffi.gc(_lib.d2i_X509_CRL_bio(_memory(der), _ffi.NULL), _lib.X509_CRL_free)
             _require(crl != _ffi.NULL and _lib.X509_STORE_add_crl(store, crl) == 1)
@@ -240,8 +239,7 @@ class TLSContext:
 
     def _set_credentials(self, credentials: Credentials) -> None:
         for number, der in enumerate(credentials.chain):
-            certificate = _ffi.gc(_lib.d2i_X509_bio(_memory(der), _ffi.NULL), _lib.X509_free)
-            _require(certificate != _ffi.NULL)
+            certificate = _certificate(der)
             if number == 0:
                 _require(_lib.SSL_CTX_use_certificate(self._raw, certificate) == 1)
             else:
@@ -614,6 +612,12 @@ def _memory(data: bytes) -> Any:
     # The BIO does not copy: the gc closure keeps the bytes alive as long as it.
     buffer = _ffi.from_buffer(data)
     return _ffi.gc(_lib.BIO_new_mem_buf(buffer, len(data)), lambda bio, _keep=buffer: _lib.BIO_free(bio))
+
+
+def _certificate(der: bytes) -> Any:
+    certificate = _ffi.gc(_lib.d2i_X509_bio(_memory(der), _ffi.NULL), _lib.X509_free)
+    _require(certificate != _ffi.NULL)
+    return certificate
 
 
 @functools.lru_cache(maxsize=256)

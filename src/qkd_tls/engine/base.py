@@ -6,11 +6,11 @@ import abc
 import contextlib
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from kms_client import KMSError, KMSProtocolError, QKDKey
+from kms_client import KMSError, KMSProtocolError, QKDKey, wipe_keys
 from qkd_tls import certificate, control
 from qkd_tls.association import Association, AssociationStore
 from qkd_tls.control import RejectCode
@@ -32,7 +32,7 @@ from qkd_tls.policy import Policy
 from qkd_tls.psk import PSK
 from qkd_tls.records import RecordBuffer
 
-__all__ = ["ALPN_PROTOCOL", "NEVER_FALL_BACK", "NO_KMS", "Engine", "EngineConfig", "wipe_keys"]
+__all__ = ["ALPN_PROTOCOL", "NEVER_FALL_BACK", "NO_KMS", "Engine", "EngineConfig"]
 
 ALPN_PROTOCOL: Final = "qkd-tls/1"
 NO_KMS: Final = "none"
@@ -149,7 +149,7 @@ class Engine(abc.ABC):
     def data_to_send(self) -> bytes:
         """Bytes for the transport; empty where there are none."""
         if not self._out:
-            return self._tls.take() if self._tls is not None and not self._tls.attached else b""
+            return self._taken()
         self._collect()
         data = bytes(self._out)
         self._out.clear()
@@ -201,9 +201,11 @@ class Engine(abc.ABC):
         self._forget_psk()
         self._fetch = None
 
+    def _taken(self) -> bytes:
+        return self._tls.take() if self._tls is not None and not self._tls.attached else b""
+
     def _collect(self) -> None:
-        if self._tls is not None and not self._tls.attached:
-            self._out += self._tls.take()
+        self._out += self._taken()
 
     def _go_on_with(self, result: list[QKDKey] | KMSError) -> None:
         self._on_keys(result)
@@ -400,9 +402,3 @@ def _what_is_wrong(fetch: FetchKeys | FetchKeysByID, keys: list[QKDKey]) -> str 
     elif key_ids != fetch.key_ids:
         return "gave other keys than those asked for"
     return None
-
-
-def wipe_keys(keys: Iterable[QKDKey]) -> None:
-    """Wipe keys that nobody will use."""
-    for key in keys:
-        key.wipe()

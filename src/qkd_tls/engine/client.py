@@ -6,11 +6,11 @@ import ssl
 from collections.abc import Hashable
 from typing import NoReturn
 
-from kms_client import KMSError, QKDKey
+from kms_client import KMSError, QKDKey, wipe_keys
 from qkd_tls import control, kems
 from qkd_tls.association import Association, AssociationEnded
 from qkd_tls.control import RejectCode
-from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig, wipe_keys
+from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
 from qkd_tls.engine.hints import CLIENT_HINTS, REJECT_HINTS, with_hint
 from qkd_tls.engine.states import Event, FetchKeys, State
 from qkd_tls.errors import QKDProtocolError, QKDUnavailable
@@ -216,7 +216,7 @@ class ClientEngine(Engine):
             client_sae_id=self._config.sae_id,
             server_sae_id=self._peer_sae_id,
             server_name=self._server_hostname,
-            # What the server grants comes with its accept.
+            # What the server grants comes with its accept, and may be less.
             expires_at=self._until(self._config.lifetime),
             peer_certificate=self._tls.peer_certificate,
             kem=self._kem_key.name if self._kem_key else None,
@@ -280,7 +280,8 @@ class ClientEngine(Engine):
             except kems.KEMError as error:
                 raise self._malformed(str(error)) from None
         assert self._association is not None
-        self._association.expires_at = self._until(min(message.lifetime, self._config.lifetime))
+        granted = self._config.clock() + message.lifetime
+        self._association.expires_at = min(self._association.expires_at, granted)
         self._association.announce([key for key in self._offered[1:] if key.key_id in message.key_ids])
         wipe_keys(key for key in self._offered if key.key_id not in message.key_ids)
         self._offered = []

@@ -6,7 +6,7 @@ import contextlib
 import ssl
 from typing import Final, NoReturn
 
-from kms_client import KMSError, QKDKey, UnknownKey, UnknownSAE
+from kms_client import KMSError, QKDKey, UnknownKey, UnknownSAE, wipe_keys
 from qkd_tls import control, kems
 from qkd_tls.association import Association
 from qkd_tls.client_hello import (
@@ -17,7 +17,7 @@ from qkd_tls.client_hello import (
     read_handshake_message,
 )
 from qkd_tls.control import RejectCode
-from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig, wipe_keys
+from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
 from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
 from qkd_tls.engine.states import Event, FetchKeysByID, State
 from qkd_tls.errors import QKDUnavailable
@@ -29,6 +29,9 @@ from qkd_tls.records import alert
 __all__ = ["ServerEngine"]
 
 _ALPN_PROTOCOL: Final = ALPN_PROTOCOL.encode()
+_GIVE_THE_CLIENT_A_KMS: Final = (
+    "give the client a key manager; policy 'prefer' would let it in without a QKD key"
+)
 _TLS1_3: Final = 0x0304
 _ALERT_NO_APPLICATION_PROTOCOL: Final = 120
 
@@ -122,7 +125,7 @@ class ServerEngine(Engine):
         self._out += alert(_ALERT_NO_APPLICATION_PROTOCOL)
         raise QKDUnavailable(
             f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key; its groups are {_groups_of(self._hello)}",
-            hint="give the client a key manager; policy 'prefer' would let it in without a QKD key",
+            hint=_GIVE_THE_CLIENT_A_KMS,
         )
 
     def _select_alpn(self, tls: TLSConnection, offered: tuple[bytes, ...]) -> bytes | None:
@@ -174,7 +177,7 @@ class ServerEngine(Engine):
         if self._config.uses_qkd:
             self._no_qkd(
                 f"the client does not speak {ALPN_PROTOCOL}, or has no QKD key",
-                hint="give the client a key manager; policy 'prefer' would let it in without a QKD key",
+                hint=_GIVE_THE_CLIENT_A_KMS,
             )
         self._establish(Event.PLAIN, self._tls.alpn)
 
