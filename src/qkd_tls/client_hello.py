@@ -77,7 +77,8 @@ class ClientHello:
     """The host name in the SNI extension (RFC 6066 section 3), as sent."""
     psk_identities: tuple[bytes, ...]
     """Identities of the PSKs offered, of external and of resumption PSKs alike (RFC 8446 section 4.2.11)."""
-    legacy_version: int
+    message: bytes = field(repr=False)
+    """The whole handshake message."""
     extensions: dict[int, bytes] = field(repr=False)
     """All of them, by type."""
 
@@ -100,7 +101,14 @@ class ClientHello:
     def versions(self) -> tuple[int, ...]:
         """TLS versions supported (section 4.2.1); without the extension, the legacy version alone."""
         versions = _numbers(self.extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions")
-        return versions or (self.legacy_version,)
+        return versions or (self.message[4] << 8 | self.message[5],)
+
+    @property
+    def cipher_suites(self) -> tuple[int, ...]:
+        """Cipher suites offered (section 4.1.2)."""
+        start = _SESSION_ID + 1 + self.message[_SESSION_ID]
+        size = int.from_bytes(self.message[start : start + 2], "big")
+        return struct.unpack_from(f">{size // 2}H", self.message, start + 2)
 
     @property
     def psk_modes(self) -> tuple[int, ...]:
@@ -199,7 +207,7 @@ def parse_client_hello(message: bytes) -> ClientHello:
     return ClientHello(
         _server_name(extensions.get(_SERVER_NAME)),
         _psk_identities(extensions.get(_PRE_SHARED_KEY)),
-        message[4] << 8 | message[5],
+        message,
         extensions,
     )
 

@@ -8,11 +8,13 @@ ever runs on it.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import ssl
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from socket import socket as Socket
@@ -21,15 +23,17 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 from kms_client import KeyManager
 from qkd_tls import control, kems
 from qkd_tls.association import AssociationStore
-from qkd_tls.engine import ALPN_PROTOCOL, ClientEngine, Engine, EngineConfig, ServerEngine
+from qkd_tls.endpoint import Endpoint
+from qkd_tls.engine import ALPN_PROTOCOL, ClientEngine, Engine, EngineConfig, ServerEngine, Step
+from qkd_tls.errors import ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import DEFAULT_CIPHER_SUITES, Credentials, TLSContext, TLSSettings
 from qkd_tls.policy import Policy
+from qkd_tls.socket import QKDSocket
+from qkd_tls.sslobject import QKDObject
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from qkd_tls.socket import QKDSocket
 
 __all__ = ["QKDContext", "create_default_context"]
 
@@ -69,6 +73,9 @@ class QKDContext(ssl.SSLContext):
         if protocol not in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
             raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
         return super().__new__(cls, protocol)
+
+    sslsocket_class: type[QKDSocket] = QKDSocket
+    sslobject_class: type[QKDObject] = QKDObject
 
     def __init__(
         self,
@@ -117,6 +124,9 @@ class QKDContext(ssl.SSLContext):
         self._crls: dict[bytes, None] = {}
         self._credentials: Credentials | None = None
         self._alpn: tuple[str, ...] = ()
+        self.observer: Callable[[Step], object] | None = None
+        """Called with each step of each handshake, in the thread that shakes hands; None for nobody."""
+        self._handshakes: Counter[str] = Counter()
         # A spelling mistake in a group shall not wait for the first connection.
         self._engine_config()
 
@@ -148,7 +158,8 @@ class QKDContext(ssl.SSLContext):
         if capath is not None:
             for entry in sorted(Path(os.fsdecode(capath)).iterdir()):
                 if _HASHED_NAME.fullmatch(entry.name):
-                    self._trust_pem(entry.read_text("latin-1"))
+                    # As a file of its own, so that get_ca_certs() shows it too.
+                    self.load_verify_locations(cafile=entry)
         if isinstance(cadata, str):
             self._trust_pem(cadata)
         elif cadata is not None:
@@ -241,6 +252,11 @@ class QKDContext(ssl.SSLContext):
             raise ValueError("a hybrid connection is TLS 1.3: OP_NO_TLSv1_3 cannot be had")
         super(QKDContext, QKDContext).options.__set__(self, value)  # type: ignore[attr-defined]
 
+    def session_stats(self) -> dict[str, int]:
+        """Handshakes of this context by the standard library's names; sessions are never resumed, so these are 0."""
+        with self._lock:
+            return {name: self._handshakes[name] for name in super().session_stats()}
+
     def get_ciphers(self) -> list[Any]:
         """The TLS 1.3 cipher suites; `set_ciphers` acts on older versions only, as in the standard library."""
         return [cipher for cipher in super().get_ciphers() if cipher["protocol"] == "TLSv1.3"]
@@ -256,40 +272,6 @@ class QKDContext(ssl.SSLContext):
             raise ValueError("no connection is ever resumed without a fresh QKD key: num_tickets stays 0")
 
     # --- what cannot be honoured says so
-
-    @property
-    def sni_callback(self) -> None:
-        """None: choosing a certificate by name is not implemented."""
-        return None
-
-    @sni_callback.setter
-    def sni_callback(self, value: object) -> None:
-        if value is not None:
-            _refuse("sni_callback", "use one context a name")
-
-    @property  # type: ignore[override]
-    def keylog_filename(self) -> None:
-        """None: key logs are not implemented."""
-        return None
-
-    @keylog_filename.setter
-    def keylog_filename(self, value: object) -> None:
-        if value is not None:
-            _refuse("keylog_filename", "leave it unset")
-
-    @property
-    def post_handshake_auth(self) -> bool:
-        """False: a client certificate is asked for in the bootstrap or not at all."""
-        return False
-
-    @post_handshake_auth.setter
-    def post_handshake_auth(self, value: bool) -> None:
-        if value:
-            _refuse("post_handshake_auth", "set verify_mode on the server, which asks in the bootstrap")
-
-    def set_servername_callback(self, server_name_callback: object) -> None:
-        """Not implemented."""
-        self.sni_callback = server_name_callback
 
     def set_ecdh_curve(self, name: str) -> NoReturn:
         """Not implemented."""
@@ -310,10 +292,6 @@ class QKDContext(ssl.SSLContext):
     def set_psk_server_callback(self, callback: object, identity_hint: str | None = None) -> NoReturn:
         """Not implemented."""
         _refuse("set_psk_server_callback", "the PSK of a connection is the hybrid one")
-
-    def wrap_bio(self, *_: Any, **__: Any) -> NoReturn:
-        """Not implemented."""
-        _refuse("wrap_bio", "use wrap_socket on a blocking socket")
 
     # --- connections
 
@@ -336,16 +314,34 @@ class QKDContext(ssl.SSLContext):
             QKDProtocolError: the peer broke the rules of qkd-tls/1.
             ssl.SSLCertVerificationError, ssl.SSLError, TimeoutError, OSError: as in the standard library.
         """
-        from qkd_tls.socket import QKDSocket
-
-        if session is not None:
-            raise ValueError("no connection is ever resumed without a fresh QKD key: session must be None")
-        return QKDSocket._create(
+        _no_session(session)
+        return self.sslsocket_class._create(
             sock,
             self,
             server_side=server_side,
             do_handshake_on_connect=do_handshake_on_connect,
             suppress_ragged_eofs=suppress_ragged_eofs,
+            server_hostname=_ascii_hostname(server_hostname),
+        )
+
+    def wrap_bio(  # type: ignore[override]
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: None = None,
+    ) -> QKDObject:
+        """A connection over memory, as `ssl.SSLContext.wrap_bio` makes it; the caller moves the ciphertext.
+
+        `do_handshake` calls the key manager in this thread, and waits for it: under asyncio, use `qkd_tls.aio`.
+        """
+        _no_session(session)
+        return self.sslobject_class._create(
+            incoming,
+            outgoing,
+            self,
+            server_side=server_side,
             server_hostname=_ascii_hostname(server_hostname),
         )
 
@@ -365,20 +361,55 @@ class QKDContext(ssl.SSLContext):
         if server_side:
             if server_hostname is not None:
                 raise ValueError("server_hostname can only be specified in client mode")
-            if self._credentials is None:
-                raise ssl.SSLError(
-                    ssl.SSL_ERROR_SSL,
-                    "[SSL] no certificate: call load_cert_chain() on the server's context first",
-                )
+            if self.sni_callback is None:
+                self._check_credentials()
+            self._count("accept")
             return ServerEngine(self._engine_config())
         if self.check_hostname and not server_hostname:
             raise ValueError("check_hostname requires server_hostname")
+        self._count("connect")
         return ClientEngine(
             self._engine_config(),
             server_hostname=server_hostname,
             server_port=server_port,
             server_sae_id=self._peer_sae_ids.get(server_hostname or "", self._peer_sae_id),
         )
+
+    def _check_credentials(self) -> None:
+        if self._credentials is None:
+            raise ssl.SSLError(
+                ssl.SSL_ERROR_SSL,
+                "[SSL] no certificate: call load_cert_chain() on the server's context first",
+            )
+
+    def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> None:
+        """Ask the `sni_callback` what to do with a client that wants to reach `name`."""
+        callback: Any = self.sni_callback
+        cause: Exception | None = None
+        try:
+            answer = callback(connection, name, self) if callback is not None else None
+            if answer is None:
+                chosen = connection.context
+                chosen._check_credentials()
+                engine.choose(chosen._engine_config())
+                return
+            description = operator.index(answer)
+        except TypeError as error:
+            cause, description = error, ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
+        except Exception as error:  # noqa: BLE001 - whatever the program's function raises
+            cause, description = error, ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
+        refusal = ssl_error(
+            ssl.SSLError,
+            f"[SSL] callback failed: the sni_callback refused the name {name!r} with alert {int(description)}"
+            + (f" ({cause!r})" if cause else ""),
+            "CALLBACK_FAILED",
+        )
+        refusal.__cause__ = cause
+        engine.refuse(description, refusal)
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._handshakes[what] += 1
 
     def forget_associations(self) -> None:
         """Wipe all association secrets and announced keys: the next connections are bootstraps."""
@@ -397,6 +428,10 @@ class QKDContext(ssl.SSLContext):
             base.verify_flags,
             base.check_hostname,
             self.hostname_checks_common_name,
+            self.post_handshake_auth,
+            self.keylog_filename,
+            self.sni_callback is None,
+            self.observer,
             self._alpn,
         )
         with self._lock:
@@ -416,6 +451,8 @@ class QKDContext(ssl.SSLContext):
             common_name_fallback=self.hostname_checks_common_name,
             groups=self._groups,
             cipher_suites=DEFAULT_CIPHER_SUITES[self._kdf],
+            post_handshake_auth=self.post_handshake_auth,
+            keylog_filename=self.keylog_filename,
         )
         manager = self._key_manager
         return EngineConfig(
@@ -433,6 +470,8 @@ class QKDContext(ssl.SSLContext):
             pipelined=self._pipelined,
             lifetime=self._lifetime,
             max_keys=self._max_keys,
+            chooses_by_name=self.sni_callback is not None,
+            observer=self.observer,
         )
 
 
@@ -447,7 +486,8 @@ def create_default_context(
     """Mirrors `ssl.create_default_context`; `qkd` are the keyword arguments of `QKDContext`.
 
     `ssl.Purpose.SERVER_AUTH` makes a client's context, which verifies certificates and host names against `cafile`,
-    `capath`, `cadata` or the system's CAs; `ssl.Purpose.CLIENT_AUTH` makes a server's.
+    `capath`, `cadata` or the system's CAs; `ssl.Purpose.CLIENT_AUTH` makes a server's. As there, the
+    environment variable `SSLKEYLOGFILE` names a file that the secrets of all connections are written to.
     """
     if not isinstance(purpose, ssl.Purpose):
         raise TypeError(purpose)
@@ -459,7 +499,15 @@ def create_default_context(
         context.load_verify_locations(cafile, capath, cadata)
     elif context.verify_mode != ssl.CERT_NONE:
         context.load_default_certs(purpose)
+    keylog_filename = os.environ.get("SSLKEYLOGFILE")
+    if keylog_filename and not sys.flags.ignore_environment:
+        context.keylog_filename = keylog_filename
     return context
+
+
+def _no_session(session: None) -> None:
+    if session is not None:
+        raise ValueError("no connection is ever resumed without a fresh QKD key: session must be None")
 
 
 def _refuse(what: str, instead: str) -> NoReturn:

@@ -10,6 +10,7 @@ lacks the PSK callbacks, so those are reached through the bindings that pyOpenSS
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -17,7 +18,8 @@ import ipaddress
 import os
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -157,6 +159,10 @@ class TLSSettings:
     """Accept the subject's common name where the certificate has no DNS names (RFC 6125 6.4.4 discourages it)."""
     groups: tuple[str, ...] = ("X25519MLKEM768",)
     cipher_suites: tuple[str, ...] = DEFAULT_CIPHER_SUITES[KDF.SHA384]
+    post_handshake_auth: bool = False
+    """Client: answer a request for a certificate after the handshake. Server: make it then only (RFC 8446 4.6.2)."""
+    keylog_filename: str | None = None
+    """File that the secrets of all connections are appended to, in the format of SSLKEYLOGFILE."""
 
 
 class _ThisThread(threading.local):
@@ -206,6 +212,23 @@ class TLSContext:
             _lib.SSL_CTX_set_alpn_select_cb(self._raw, _select_alpn, _ffi.NULL)
         else:
             _lib.SSL_CTX_set_psk_use_session_callback(self._raw, _use_session)
+            _lib.SSL_CTX_set_post_handshake_auth(self._raw, settings.post_handshake_auth)
+        if settings.keylog_filename is not None:
+            self._log_keys(settings.keylog_filename)
+
+    def _log_keys(self, filename: str) -> None:
+        lock = threading.Lock()
+        log = open(filename, "ab", buffering=0)  # noqa: SIM115 - as long as the context
+        weakref.finalize(self, log.close)
+
+        # The signature is OpenSSL's. An exception must not leave it.
+        @_ffi.callback("void(const SSL *, const char *)", onerror=lambda *_: True)  # type: ignore[untyped-decorator]
+        def write_line(_pointer: Any, line: Any) -> None:
+            with lock, contextlib.suppress(OSError):
+                log.write(_ffi.string(line) + b"\n")
+
+        self._key_log = write_line
+        _lib.SSL_CTX_set_keylog_callback(self._raw, write_line)
 
     def _set_suites_and_groups(self, settings: TLSSettings) -> None:
         self._context.set_tls13_ciphersuites(":".join(settings.cipher_suites).encode())
@@ -223,7 +246,9 @@ class TLSContext:
             ssl.CERT_OPTIONAL: SSL.VERIFY_PEER,
             ssl.CERT_REQUIRED: SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT,
         }[settings.verify_mode]
-        self._context.set_verify(mode)
+        if settings.server_side and mode and settings.post_handshake_auth:
+            mode |= _lib.SSL_VERIFY_POST_HANDSHAKE
+        _lib.SSL_CTX_set_verify(self._raw, mode, _ffi.NULL)
         store = _lib.SSL_CTX_get_cert_store(self._raw)
         for der in settings.trusted:
             _require(_lib.X509_STORE_add_cert(store, _certificate(der)) == 1)
@@ -385,6 +410,18 @@ class TLSConnection:
         bits = _lib.SSL_CIPHER_get_bits(_lib.SSL_get_current_cipher(self._ssl), _ffi.NULL)
         return self.cipher_suite, "TLSv1.3", bits
 
+    def shared_ciphers(self, offered: Iterable[int]) -> list[tuple[str, str, int]]:
+        """Those of the offered cipher suites (RFC 8446 B.4) that this side accepts, each as `cipher` gives it."""
+        shared = []
+        for number in offered:
+            suite = _lib.SSL_CIPHER_find(self._ssl, _ffi.new("unsigned char[2]", number.to_bytes(2, "big")))
+            if suite == _ffi.NULL:
+                continue
+            name = _ffi.string(_lib.SSL_CIPHER_get_name(suite)).decode()
+            if name in self.context.settings.cipher_suites:
+                shared.append((name, "TLSv1.3", int(_lib.SSL_CIPHER_get_bits(suite, _ffi.NULL))))
+        return shared
+
     @property
     def peer_certificate(self) -> bytes | None:
         """The peer's certificate, DER."""
@@ -409,6 +446,12 @@ class TLSConnection:
                 == 1
             )
         return bytes(out)
+
+    def verify_client_post_handshake(self) -> None:
+        """Server: ask the client for its certificate now (RFC 8446 4.6.2); its answer comes with what it sends next."""
+        _lib.ERR_clear_error()
+        if _lib.SSL_verify_client_post_handshake(self._ssl) != 1:
+            self._raise(0)
 
     # --- plaintext
 

@@ -11,19 +11,14 @@ import contextlib
 import select
 import socket
 import ssl
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
-from qkd_tls.certificate import certificate_dict
-from qkd_tls.engine import Engine, Established, NeedData
-from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
-from qkd_tls.fetch import fetch_keys
-from qkd_tls.info import QKDInfo
-from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+from qkd_tls.endpoint import Endpoint
+from qkd_tls.engine import Engine
+from qkd_tls.openssl import TLSConnection
 
 if TYPE_CHECKING:
     from qkd_tls.context import QKDContext
@@ -35,26 +30,15 @@ _CHUNK: Final = 1 << 16
 _SCRATCH: Final = 1 << 14
 
 
-class QKDSocket(socket.socket):
+class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     """A TLS 1.3 connection over TCP. Made by `QKDContext.wrap_socket`, not by calling the class."""
 
-    server_side: bool
-    server_hostname: str | None
     do_handshake_on_connect: bool
     suppress_ragged_eofs: bool
-    _context: QKDContext
-    _engine: Engine | None
-    """Until the handshake is complete."""
-    _tls: TLSConnection | None
-    """From then on."""
-    _info: QKDInfo | None
-    _lock: threading.Lock
-    """Around each call of OpenSSL; never held while waiting."""
     _handshaking: threading.Lock
     """Held throughout a handshake, which is many calls."""
     _writing: threading.Lock
     """Held throughout a write: what OpenSSL could not send at once has to go before anything else."""
-    _peer_certificate: bytes | None
     _unsent: bytearray
     """Ciphertext that the transport has not taken yet."""
     _decrypted: bytearray
@@ -87,13 +71,10 @@ class QKDSocket(socket.socket):
         timeout = sock.gettimeout()
         socket.socket.__init__(self, sock.family, sock.type, sock.proto, sock.fileno())
         sock.detach()
-        self._context = context
-        self.server_side, self.server_hostname = server_side, server_hostname
+        self._initialise(context, server_side=server_side, server_hostname=server_hostname)
         self.do_handshake_on_connect = do_handshake_on_connect
         self.suppress_ragged_eofs = suppress_ragged_eofs
-        self._engine = self._tls = self._info = None
-        self._lock, self._handshaking, self._writing = (threading.Lock() for _ in range(3))
-        self._peer_certificate = None
+        self._handshaking, self._writing = threading.Lock(), threading.Lock()
         self._unsent = bytearray()
         self._decrypted = bytearray()
         self._late_error = None
@@ -121,68 +102,6 @@ class QKDSocket(socket.socket):
         self._connected = True
         self._engine = engine
         socket.socket.setblocking(self, False)
-
-    # --- what the connection is
-
-    @property
-    def context(self) -> QKDContext:
-        """The context that made this socket."""
-        return self._context
-
-    @property
-    def qkd(self) -> QKDInfo | None:
-        """What protected this connection; None before the handshake is complete."""
-        return self._info
-
-    @property
-    def session(self) -> None:
-        """None: no connection is ever resumed without a fresh QKD key."""
-        return None
-
-    @property
-    def session_reused(self) -> bool:
-        """False; see `session`."""
-        return False
-
-    def version(self) -> str | None:
-        """`TLSv1.3`, or None before the handshake is complete."""
-        return "TLSv1.3" if self._tls is not None else None
-
-    def cipher(self) -> tuple[str, str, int] | None:
-        """Name of the cipher suite, protocol version and secret bits."""
-        return self._tls.cipher if self._tls is not None else None
-
-    def compression(self) -> None:
-        """None: TLS 1.3 has no compression."""
-        return
-
-    def selected_alpn_protocol(self) -> str | None:
-        """The application's protocol; never `qkd-tls/1`."""
-        return self._info.alpn if self._info is not None else None
-
-    def selected_npn_protocol(self) -> None:
-        """None: superseded by ALPN."""
-        return
-
-    def getpeercert(self, binary_form: bool = False) -> dict[str, Any] | bytes | None:
-        """The certificate that authenticated the peer: on an associated connection that of the bootstrap.
-
-        As in the standard library: None where there is none, an empty dictionary where it was not verified.
-        """
-        if self._info is None:
-            raise ValueError("handshake not done yet")
-        certificate = self._peer_certificate
-        if binary_form or certificate is None:
-            return certificate
-        return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
-
-    def get_channel_binding(self, cb_type: str = "tls-exporter") -> bytes | None:
-        """Channel binding of this connection, 32 bytes (RFC 9266); None before the handshake is complete."""
-        if cb_type != "tls-exporter":
-            raise ValueError(
-                f"{cb_type} channel binding type not implemented: TLS 1.3 has tls-exporter (RFC 9266)"
-            )
-        return self._tls.export(b"EXPORTER-Channel-Binding", 32) if self._tls is not None else None
 
     # --- waiting: the one place
 
@@ -269,26 +188,22 @@ class QKDSocket(socket.socket):
             raise
 
     def _handshake_step(self) -> None:
-        engine = self._engine
-        if engine is None:
-            if self._tls is None:
-                raise OSError(9, "Bad file descriptor: the connection has been closed")
-            self._flush()
-            return
-        self._unsent += engine.data_to_send()
-        self._flush()
-        action = engine.next_action()
-        if isinstance(action, NeedData):
-            try:
-                engine.receive_data(socket.socket.recv(self, _CHUNK))
-            except BlockingIOError:
-                raise _want(select.POLLIN) from None
-        elif isinstance(action, Established):
-            self._establish(engine, action.info)
+        if self._engine is not None:
+            self._step(self._engine)
+        elif self._tls is None:
+            raise OSError(9, "Bad file descriptor: the connection has been closed")
         else:
-            manager = self._context.key_manager
-            assert manager is not None
-            engine.keys(fetch_keys(action, manager))
+            self._flush()
+
+    def _send_ciphertext(self, data: bytes) -> None:
+        self._unsent += data
+        self._flush()
+
+    def _receive_ciphertext(self) -> bytes:
+        try:
+            return socket.socket.recv(self, _CHUNK)
+        except BlockingIOError:
+            raise _want(select.POLLIN) from None
 
     def _flush(self) -> None:
         while self._unsent:
@@ -298,8 +213,7 @@ class QKDSocket(socket.socket):
                 raise _want(select.POLLOUT) from None
             del self._unsent[:sent]
 
-    def _establish(self, engine: Engine, info: QKDInfo) -> None:
-        tls = engine.connection
+    def _take_over(self, tls: TLSConnection) -> None:
         # What came with the last flight is decrypted now, so that nothing is left in memory when OpenSSL takes over
         # the socket. Its error, if any, is for the first read.
         try:
@@ -311,24 +225,6 @@ class QKDSocket(socket.socket):
             self._late_error = error
         self._unsent += tls.take()
         tls.attach(self.fileno())
-        self._peer_certificate = engine.peer_certificate
-        self._engine, self._tls, self._info = None, tls, info
-        self._warn(info)
-
-    def _warn(self, info: QKDInfo) -> None:
-        if info.fallback is not None:
-            warnings.warn(
-                f"no QKD key protects this connection: {info.fallback}",
-                QKDFallbackWarning,
-                stacklevel=_outside(),
-            )
-        if info.group not in ML_KEM_GROUPS:
-            warnings.warn(
-                f"the key exchange of this connection is {info.group}, which has no ML-KEM"
-                + (f"; {info.kem} is mixed in beside it" if info.kem else ""),
-                ClassicalGroupWarning,
-                stacklevel=_outside(),
-            )
 
     def _ready(self) -> None:
         """Shake hands where a program reads or writes first, as OpenSSL does."""
@@ -337,7 +233,7 @@ class QKDSocket(socket.socket):
 
     # --- reading
 
-    def read(self, len: int = 1024, buffer: bytearray | memoryview | None = None) -> bytes | int:
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
         """Read up to `len` bytes and return them, or read into `buffer` and return how many."""
         if buffer is not None:
             return self.recv_into(buffer, len)
@@ -464,7 +360,7 @@ class QKDSocket(socket.socket):
             if self._engine is not None:
                 self._engine.abort()
                 self._engine = None
-        super()._real_close()  # type: ignore[misc]
+        socket.socket._real_close(self)  # type: ignore[attr-defined]
 
     def _discard_what_has_come(self, tls: TLSConnection) -> None:
         # Closing with bytes unread resets the connection, and the peer might miss what was sent last. A client that
@@ -542,7 +438,7 @@ class QKDSocket(socket.socket):
 
     def accept(self) -> tuple[QKDSocket, Any]:
         """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
-        plain, address = super().accept()
+        plain, address = socket.socket.accept(self)
         try:
             wrapped = self._context.wrap_socket(
                 plain,
@@ -589,12 +485,6 @@ class QKDSocket(socket.socket):
         """Not possible: two sockets cannot share one TLS connection."""
         raise NotImplementedError("Can't dup() QKDSocket instances")
 
-    def verify_client_post_handshake(self) -> NoReturn:
-        """Not implemented: client certificates are asked for in the bootstrap."""
-        raise NotImplementedError(
-            "set verify_mode on the server: it asks for the certificate in the bootstrap"
-        )
-
 
 def _peer_port(sock: socket.socket) -> int | None:
     """The peer's TCP port; None before connecting, and for other kinds of address."""
@@ -603,14 +493,6 @@ def _peer_port(sock: socket.socket) -> int | None:
     except OSError:
         return None
     return address[1] if isinstance(address, tuple) else None
-
-
-def _outside() -> int:
-    """Stack level, as seen by the caller's `warnings.warn`, of the program that uses this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("qkd_tls."):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _want(event: int) -> ssl.SSLError:

@@ -9,6 +9,8 @@ An engine never reads a socket and never calls a KMS. It is fed bytes, gives byt
                 engine.receive_data(transport.receive())        # b"" at the end of the stream
             case FetchKeys() | FetchKeysByID() as fetch:
                 engine.keys(keys from the KMS, or the KMSError it raised)
+            case ChooseContext(name):                           # only where the configuration says so
+                engine.choose(the configuration for that name)
             case Established():
                 break
 
@@ -24,18 +26,21 @@ from qkd_tls.engine.server import ServerEngine
 from qkd_tls.engine.states import (
     TRANSITIONS,
     Action,
+    ChooseContext,
     Established,
     Event,
     FetchKeys,
     FetchKeysByID,
     NeedData,
     State,
+    Step,
 )
 
 __all__ = [
     "ALPN_PROTOCOL",
     "TRANSITIONS",
     "Action",
+    "ChooseContext",
     "ClientEngine",
     "Engine",
     "EngineConfig",
@@ -46,4 +51,5 @@ __all__ = [
     "NeedData",
     "ServerEngine",
     "State",
+    "Step",
 ]

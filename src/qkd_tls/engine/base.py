@@ -8,7 +8,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import ClassVar, Final, NoReturn
 
 from kms_client import KMSError, KMSProtocolError, QKDKey, wipe_keys
 from qkd_tls import certificate, control
@@ -23,6 +23,7 @@ from qkd_tls.engine.states import (
     FetchKeysByID,
     NeedData,
     State,
+    Step,
 )
 from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable, ssl_error
 from qkd_tls.hybrid import EXPORTER_LABEL, EXPORTER_SIZE, KDF, association_secret
@@ -73,6 +74,10 @@ class EngineConfig:
     lifetime: int = 3600
     max_keys: int = 64
     """Server: keys it takes in one offer."""
+    chooses_by_name: bool = False
+    """Server: ask for the configuration once the server name is known (`ChooseContext`)."""
+    observer: Callable[[Step], object] | None = None
+    """Called after each transition."""
     clock: Callable[[], float] = field(default=time.time)
     uses_qkd: bool = field(init=False)
     """Whether QKD keys are to be used at all."""
@@ -83,6 +88,8 @@ class EngineConfig:
 
 class Engine(abc.ABC):
     """What both roles share: the transport's bytes, the actions, the end."""
+
+    _role: ClassVar[str]
 
     def __init__(self, config: EngineConfig, start: State) -> None:
         self._config = config
@@ -171,7 +178,10 @@ class Engine(abc.ABC):
     # --- state
 
     def _go(self, event: Event) -> None:
-        self._state = TRANSITIONS[self._state, event]
+        before = self._state
+        after = self._state = TRANSITIONS[before, event]
+        if self._config.observer is not None:
+            self._config.observer(Step(self._role, before, event, after))
 
     def _guard(self, step: Callable[..., object], *arguments: object) -> None:
         """Run a step; an error of the peer, the KMS or OpenSSL ends the handshake and waits for `next_action`."""

@@ -22,6 +22,8 @@ __all__ = ["ClientEngine"]
 class ClientEngine(Engine):
     """The TLS client, which is the master SAE: it asks its KMS for fresh keys."""
 
+    _role = "client"
+
     def __init__(
         self,
         config: EngineConfig,

@@ -19,7 +19,7 @@ from qkd_tls.client_hello import (
 from qkd_tls.control import RejectCode
 from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
 from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
-from qkd_tls.engine.states import Event, FetchKeysByID, State
+from qkd_tls.engine.states import Action, ChooseContext, Event, FetchKeysByID, State
 from qkd_tls.errors import QKDUnavailable
 from qkd_tls.hybrid import PSKIdentity
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
@@ -39,6 +39,8 @@ _ALERT_NO_APPLICATION_PROTOCOL: Final = 120
 class ServerEngine(Engine):
     """The TLS server, which is the slave SAE: it asks its KMS for the keys that the client names."""
 
+    _role = "server"
+
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, State.SERVER_HELLO)
         self._hello: ClientHello | None = None
@@ -48,6 +50,40 @@ class ServerEngine(Engine):
         self._rejection: tuple[RejectCode, str, KMSError | None] | None = None
         self._discovered = False
         self._app_alpn: str | None = None
+        self._choice: ChooseContext | None = None
+        self._named = False
+
+    @property
+    def offered_suites(self) -> tuple[int, ...]:
+        """The cipher suites that the client offers (RFC 8446 B.4)."""
+        return self._hello.cipher_suites if self._hello is not None else ()
+
+    # --- the server name
+
+    def next_action(self) -> Action:
+        """See `Engine.next_action`."""
+        return self._choice if self._choice is not None and self._error is None else super().next_action()
+
+    def choose(self, config: EngineConfig) -> None:
+        """Answer `ChooseContext`: go on with these settings, associations included."""
+        self._chosen()
+        self._config = config
+        self._guard(self._go_on_from_name)
+
+    def refuse(self, description: int, error: ssl.SSLError) -> None:
+        """Answer `ChooseContext`: end the handshake with this alert (RFC 8446 6.2) and this error."""
+        self._chosen()
+        self._out += alert(description)
+        self._guard(self._fail, error)
+
+    def _chosen(self) -> None:
+        if self._choice is None:
+            raise RuntimeError("the engine has not asked for a context")
+        self._choice = None
+
+    def _go_on_from_name(self) -> None:
+        self._go(Event.CHOSEN)
+        self._advance()
 
     def _advance(self) -> None:
         while True:
@@ -78,7 +114,11 @@ class ServerEngine(Engine):
             # OpenSSL says better what is wrong with it, and sends the alert.
             self._start_handshake(Event.NO_KEY_NEEDED)
             return
-        if self._config.uses_qkd:
+        if self._config.chooses_by_name and not self._named:
+            self._named = True
+            self._choice = ChooseContext(self._hello.server_name)
+            self._go(Event.NAMED)
+        elif self._config.uses_qkd:
             self._look_for_identity(self._hello)
         else:
             self._start_handshake(Event.NO_KEY_NEEDED)

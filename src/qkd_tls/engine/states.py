@@ -11,12 +11,14 @@ from qkd_tls.info import QKDInfo
 __all__ = [
     "TRANSITIONS",
     "Action",
+    "ChooseContext",
     "Established",
     "Event",
     "FetchKeys",
     "FetchKeysByID",
     "NeedData",
     "State",
+    "Step",
 ]
 
 
@@ -31,6 +33,7 @@ class State(enum.Enum):
     CLIENT_OFFER = "client: waits for accept or reject"
     CLIENT_HYBRID = "client: hybrid handshake after a bootstrap"
     SERVER_HELLO = "server: waits for a ClientHello"
+    SERVER_NAME = "server: waits for the program's choice of a context for the name asked for"
     SERVER_KEY = "server: waits for its KMS, for the key that a ClientHello names"
     SERVER_HANDSHAKE = "server: TLS handshake"
     SERVER_CONTROL = "server: waits for discover or offer"
@@ -49,6 +52,8 @@ class Event(enum.Enum):
     NO_KEY_NEEDED = "no association, or no KMS"
     KEY_AT_HAND = "association and key at hand"
     KEY_WANTED = "association, key to be fetched"
+    NAMED = "ClientHello, and the program wants to see its server name"
+    CHOSEN = "the program has chosen a context"
     KEYS = "the KMS gave keys"
     NO_KEYS = "the KMS failed, and policy lets go on"
     PSK_ACCEPTED = "TLS done, keyed by the hybrid PSK"
@@ -83,6 +88,8 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.CLIENT_OFFER, Event.ACCEPT): State.CLIENT_HYBRID,
     (State.CLIENT_OFFER, Event.REJECT): State.ESTABLISHED,
     (State.CLIENT_HYBRID, Event.PSK_ACCEPTED): State.ESTABLISHED,
+    (State.SERVER_HELLO, Event.NAMED): State.SERVER_NAME,
+    (State.SERVER_NAME, Event.CHOSEN): State.SERVER_HELLO,
     (State.SERVER_HELLO, Event.NO_KEY_NEEDED): State.SERVER_HANDSHAKE,
     (State.SERVER_HELLO, Event.KEY_AT_HAND): State.SERVER_HANDSHAKE,
     (State.SERVER_HELLO, Event.KEY_WANTED): State.SERVER_KEY,
@@ -101,6 +108,16 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.SERVER_SKIP, Event.SKIPPED): State.ESTABLISHED,
 }
 """All transitions. Beside them, an error leads from every state but ESTABLISHED to FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One transition, for those who watch. `role` is "client" or "server"."""
+
+    role: str
+    before: State
+    event: Event
+    after: State
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +142,17 @@ class FetchKeysByID:
 
 
 @dataclass(frozen=True, slots=True)
+class ChooseContext:
+    """Server: which settings to go on with, now that the server name (RFC 6066 3) is known, or that there is none."""
+
+    server_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Established:
     """The handshake is complete; `Engine.connection` carries the application's data."""
 
     info: QKDInfo
 
 
-Action = NeedData | FetchKeys | FetchKeysByID | Established
+Action = NeedData | FetchKeys | FetchKeysByID | ChooseContext | Established

@@ -1,0 +1,484 @@
+"""asyncio over hybrid connections: asyncio's own functions by another name, and the loop never waits for a KMS.
+
+asyncio's own TLS transport runs the connection, over a `QKDObject`. What is added: while that shakes hands, the key
+manager is called in another thread, and the transport is woken up with the answer. A program that calls asyncio's
+functions itself, or a library does, gets the same by running in an `EventLoop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import ssl as stdlib_ssl
+from collections.abc import Callable, Iterator
+from socket import socket as Socket
+from typing import Any, Final, NoReturn, TypeVar
+
+from kms_client import KeyManager, KMSError, KMSUnavailable, QKDKey, wipe_keys
+from qkd_tls.context import QKDContext
+from qkd_tls.endpoint import KeyRequest, KeysWanted
+from qkd_tls.engine import Engine
+from qkd_tls.errors import QKDError
+from qkd_tls.fetch import fetch_keys
+from qkd_tls.socket import QKDSocket
+from qkd_tls.sslobject import QKDObject, adopter
+
+__all__ = [
+    "MAX_KMS_REQUESTS",
+    "EventLoop",
+    "create_connection",
+    "create_server",
+    "open_connection",
+    "start_server",
+    "start_tls",
+    "upgrade_streams",
+    "wrap_socket",
+]
+
+_Protocol = TypeVar("_Protocol", bound=asyncio.BaseProtocol)
+
+MAX_KMS_REQUESTS: Final = 64
+"""Requests to key managers under way at once in this process, each in a thread of its own; further ones wait."""
+
+_LIMIT: Final = 1 << 16
+_log: Final = logging.getLogger("qkd_tls")
+
+
+# --- asking the key manager in another thread
+
+_threads: concurrent.futures.ThreadPoolExecutor | None = None
+
+
+def _after_fork_in_child() -> None:
+    # Threads do not survive a fork.
+    global _threads
+    _threads = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _ask_in_thread(
+    loop: asyncio.AbstractEventLoop,
+    manager: KeyManager | None,
+    request: KeyRequest,
+    deliver: Callable[[list[QKDKey] | KMSError], None],
+) -> None:
+    """Call the key manager; `deliver` is called in the loop. Where the loop is closed by then, the keys are wiped."""
+    global _threads
+    assert manager is not None
+    if _threads is None:
+        _threads = concurrent.futures.ThreadPoolExecutor(MAX_KMS_REQUESTS, thread_name_prefix="qkd-tls-kms")
+    future = _threads.submit(_fetch, request, manager)
+
+    def hand_over(done: concurrent.futures.Future[list[QKDKey] | KMSError]) -> None:
+        result = done.result()
+        try:
+            loop.call_soon_threadsafe(deliver, result)
+        except RuntimeError:
+            wipe_keys([] if isinstance(result, KMSError) else result)
+
+    future.add_done_callback(hand_over)
+
+
+def _fetch(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
+    try:
+        return fetch_keys(request, manager)
+    except Exception as error:  # noqa: BLE001
+        # A fault of the key manager's must not leave the connection hanging; the traceback is for who maintains it.
+        _log.exception("the key manager %s failed", manager.name)
+        return KMSUnavailable(
+            f"the key manager failed with {type(error).__name__}",
+            kms=manager.name,
+            peer=request.peer_sae_id,
+            hint="see the traceback in the log of this program",
+        )
+
+
+class _Handshake:
+    """What is added to the handshake on one of asyncio's transports."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> None:
+        self._loop, self._transport = loop, transport
+        self._asked: KeyRequest | None = None
+        self._engine: Engine | None = None
+        self._adopted = False
+        peer = transport.get_extra_info("peername")
+        self.server_port: int | None = peer[1] if isinstance(peer, tuple) else None
+
+    def adopt(self, connection: QKDObject, engine: Engine) -> None:
+        """Look after this connection. Only the first: asyncio's callbacks go on in this context for ever."""
+        if self._adopted:
+            return
+        self._adopted, self.server_port = True, None
+        self._engine = engine
+
+        def ask(request: KeyRequest) -> NoReturn:
+            if request is not self._asked:
+                self._asked = request
+                _ask_in_thread(self._loop, connection.context.key_manager, request, self._deliver)
+            raise KeysWanted(request)
+
+        connection._ask = ask
+        # asyncio drops what a failed handshake still has to say.
+        connection._farewell = self._transport.write  # type: ignore[attr-defined]
+
+    def _deliver(self, result: list[QKDKey] | KMSError) -> None:
+        engine, self._asked = self._engine, None
+        assert engine is not None
+        if self._transport.is_closing():
+            engine.abort()
+        engine.keys(result)
+        if not self._transport.is_closing():
+            # No new bytes: asyncio's TLS goes on with the handshake.
+            self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _adopting(loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> Iterator[None]:
+    token = adopter.set(_Handshake(loop, transport))
+    try:
+        yield
+    finally:
+        adopter.reset(token)
+
+
+# --- transports and protocols
+
+
+class _Gate(asyncio.Protocol):
+    """Stands in for the application's protocol until TLS is there, and keeps what comes before it is connected."""
+
+    def __init__(self) -> None:
+        self._early = bytearray()
+        self._ended = False
+        self._lost: tuple[Exception | None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # The peer's first bytes are for TLS.
+        transport.pause_reading()  # type: ignore[attr-defined]
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+
+    def eof_received(self) -> None:
+        self._ended = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = (exc,)
+
+    def open(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
+        """Let the application's protocol take over."""
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self._early:
+            _give(protocol, bytes(self._early))
+        if self._ended:
+            protocol.eof_received()  # type: ignore[attr-defined]
+        if self._lost is not None:
+            protocol.connection_lost(*self._lost)
+
+
+def _give(protocol: Any, data: bytes) -> None:
+    if not isinstance(protocol, asyncio.BufferedProtocol):
+        protocol.data_received(data)
+        return
+    while data:
+        buffer = memoryview(protocol.get_buffer(len(data)))
+        size = min(len(buffer), len(data))
+        buffer[:size] = data[:size]
+        protocol.buffer_updated(size)
+        data = data[size:]
+
+
+class _Incoming(_Gate):
+    """A server's side of one connection, from its first byte on."""
+
+    def __init__(
+        self, factory: Callable[[], asyncio.BaseProtocol], context: QKDContext, **timeouts: Any
+    ) -> None:
+        super().__init__()
+        self._factory, self._context, self._timeouts = factory, context, timeouts
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._task = asyncio.get_running_loop().create_task(self._upgrade(transport))
+
+    async def _upgrade(self, transport: Any) -> None:
+        try:
+            tls = await start_tls(transport, self, self._context, server_side=True, **self._timeouts)
+        except OSError as error:
+            # There is nobody to raise it to. asyncio says no more than this in debug mode.
+            _log.log(
+                logging.WARNING if isinstance(error, QKDError) else logging.DEBUG,
+                "the handshake with %s failed: %s",
+                transport.get_extra_info("peername"),
+                error,
+            )
+            return
+        try:
+            self.open(tls, self._factory())
+        except BaseException:
+            tls.abort()
+            raise
+
+
+async def start_tls(
+    transport: asyncio.WriteTransport,
+    protocol: asyncio.BaseProtocol,
+    sslcontext: QKDContext,
+    *,
+    server_side: bool = False,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+) -> asyncio.Transport:
+    """As `loop.start_tls`; raises what `QKDContext.wrap_socket` raises."""
+    loop = asyncio.get_running_loop()
+    with _adopting(loop, transport):
+        upgraded = await loop.start_tls(
+            transport,
+            protocol,
+            sslcontext,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+    assert upgraded is not None
+    return upgraded
+
+
+async def create_connection(
+    protocol_factory: Callable[[], _Protocol],
+    host: Any = None,
+    port: Any = None,
+    *,
+    ssl: QKDContext,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    **tcp: Any,
+) -> tuple[asyncio.Transport, _Protocol]:
+    """As `loop.create_connection`; `tcp` are its other keyword arguments (`sock`, `family`, `local_addr`...).
+
+    `transport.get_extra_info("ssl_object").qkd` says what protects the connection.
+    """
+    if server_hostname is None:
+        if not host:
+            raise ValueError("You must set server_hostname when using ssl without a host")
+        server_hostname = host
+    raw, gate = await asyncio.get_running_loop().create_connection(_Gate, host, port, **tcp)
+    tls = await start_tls(
+        raw,
+        gate,
+        ssl,
+        server_hostname=server_hostname,
+        ssl_handshake_timeout=ssl_handshake_timeout,
+        ssl_shutdown_timeout=ssl_shutdown_timeout,
+    )
+    try:
+        protocol = protocol_factory()
+        gate.open(tls, protocol)
+    except BaseException:
+        tls.abort()
+        raise
+    return tls, protocol
+
+
+async def create_server(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: Any = None,
+    port: Any = None,
+    *,
+    ssl: QKDContext,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    **tcp: Any,
+) -> asyncio.Server:
+    """As `loop.create_server`; `tcp` are its other keyword arguments.
+
+    A handshake that fails for want of a QKD key is logged as a warning to the logger "qkd_tls", others as debug.
+    """
+    return await asyncio.get_running_loop().create_server(
+        lambda: _Incoming(
+            protocol_factory,
+            ssl,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        ),
+        host,
+        port,
+        **tcp,
+    )
+
+
+# --- streams
+
+
+async def open_connection(
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    ssl: QKDContext,
+    limit: int = _LIMIT,
+    **options: Any,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """As `asyncio.open_connection`; `limit` in bytes, `options` are those of `create_connection`."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    transport, protocol = await create_connection(
+        lambda: asyncio.StreamReaderProtocol(reader, loop=loop), host, port, ssl=ssl, **options
+    )
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def start_server(
+    client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any],
+    host: Any = None,
+    port: Any = None,
+    *,
+    ssl: QKDContext,
+    limit: int = _LIMIT,
+    **options: Any,
+) -> asyncio.Server:
+    """As `asyncio.start_server`; `limit` in bytes, `options` are those of `create_server`."""
+    loop = asyncio.get_running_loop()
+
+    def factory() -> asyncio.StreamReaderProtocol:
+        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        return asyncio.StreamReaderProtocol(reader, client_connected_cb, loop=loop)
+
+    return await create_server(factory, host, port, ssl=ssl, **options)
+
+
+async def upgrade_streams(
+    writer: asyncio.StreamWriter,
+    sslcontext: QKDContext,
+    *,
+    server_hostname: str | None = None,
+    **timeouts: Any,
+) -> None:
+    """As `StreamWriter.start_tls`: the streams of a plain connection go on over TLS (STARTTLS)."""
+    with _adopting(asyncio.get_running_loop(), writer.transport):
+        await writer.start_tls(sslcontext, server_hostname=server_hostname, **timeouts)
+
+
+# --- sockets
+
+
+async def wrap_socket(
+    sock: Socket,
+    context: QKDContext,
+    *,
+    server_side: bool = False,
+    server_hostname: str | None = None,
+    handshake_timeout: float = 60.0,
+) -> QKDSocket:
+    """Take over a connected TCP socket and shake hands; for programs that move the data themselves.
+
+    Args:
+        handshake_timeout: seconds for the whole handshake, the KMS included.
+
+    Returns:
+        A non-blocking socket, for `loop.add_reader` and `loop.add_writer`. Mind its `pending()`.
+
+    Raises what `QKDContext.wrap_socket` raises; the socket is closed then.
+    """
+    loop = asyncio.get_running_loop()
+    sock.setblocking(False)
+    tls = context.wrap_socket(
+        sock, server_side=server_side, server_hostname=server_hostname, do_handshake_on_connect=False
+    )
+    tls._ask = _keys_wanted
+    try:
+        async with asyncio.timeout(handshake_timeout):
+            await _shake_hands(loop, tls)
+    except TimeoutError:
+        tls.close()
+        raise TimeoutError(f"The handshake operation timed out after {handshake_timeout:g} seconds") from None
+    except BaseException:
+        tls.close()
+        raise
+    return tls
+
+
+def _keys_wanted(request: KeyRequest) -> NoReturn:
+    raise KeysWanted(request)
+
+
+async def _shake_hands(loop: asyncio.AbstractEventLoop, tls: QKDSocket) -> None:
+    while True:
+        waiting = loop.create_future()
+        try:
+            tls.do_handshake()
+            return
+        except KeysWanted as wanted:
+            engine = tls._engine
+            assert engine is not None
+
+            def deliver(
+                result: list[QKDKey] | KMSError, engine: Engine = engine, waiting: Any = waiting
+            ) -> None:
+                engine.keys(result)
+                _wake(waiting)
+
+            _ask_in_thread(loop, tls.context.key_manager, wanted.request, deliver)
+            await waiting
+        except stdlib_ssl.SSLWantReadError:
+            loop.add_reader(tls, _wake, waiting)
+            try:
+                await waiting
+            finally:
+                loop.remove_reader(tls)
+        except stdlib_ssl.SSLWantWriteError:
+            loop.add_writer(tls, _wake, waiting)
+            try:
+                await waiting
+            finally:
+                loop.remove_writer(tls)
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
+
+
+# --- the loop
+
+
+class EventLoop(asyncio.SelectorEventLoop):
+    """An event loop that never waits for a KMS, whoever calls its functions with a `QKDContext`.
+
+    For programs and libraries that are given a context and call asyncio themselves (aiohttp, uvicorn, hypercorn)::
+
+        with asyncio.Runner(loop_factory=qkd_tls.aio.EventLoop) as runner:
+            runner.run(main())
+    """
+
+    async def create_connection(
+        self, protocol_factory: Any, host: Any = None, port: Any = None, *, ssl: Any = None, **options: Any
+    ) -> Any:
+        """See `asyncio.loop.create_connection`."""
+        if isinstance(ssl, QKDContext):
+            return await create_connection(protocol_factory, host, port, ssl=ssl, **options)
+        return await super().create_connection(protocol_factory, host, port, ssl=ssl, **options)
+
+    async def create_server(
+        self, protocol_factory: Any, host: Any = None, port: Any = None, *, ssl: Any = None, **options: Any
+    ) -> asyncio.Server:
+        """See `asyncio.loop.create_server`."""
+        if isinstance(ssl, QKDContext):
+            return await create_server(protocol_factory, host, port, ssl=ssl, **options)
+        return await super().create_server(protocol_factory, host, port, ssl=ssl, **options)
+
+    async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **options: Any) -> Any:
+        """See `asyncio.loop.start_tls`."""
+        if not isinstance(sslcontext, QKDContext):
+            return await super().start_tls(transport, protocol, sslcontext, **options)
+        with _adopting(self, transport):
+            return await super().start_tls(transport, protocol, sslcontext, **options)

@@ -1,0 +1,244 @@
+"""What `QKDSocket` and `QKDObject` share: the steps of the handshake, and what is known of the connection.
+
+The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and fills.
+"""
+
+from __future__ import annotations
+
+import ssl
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from kms_client import KMSError, QKDKey
+from qkd_tls.certificate import certificate_dict
+from qkd_tls.engine import (
+    ChooseContext,
+    Engine,
+    Established,
+    FetchKeys,
+    FetchKeysByID,
+    NeedData,
+    ServerEngine,
+)
+from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, ssl_error
+from qkd_tls.fetch import fetch_keys
+from qkd_tls.info import QKDInfo
+from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+
+if TYPE_CHECKING:
+    from qkd_tls.context import QKDContext
+
+__all__ = ["Endpoint", "KeyRequest", "KeysWanted", "NotThroughTheStandardLibrary"]
+
+KeyRequest: TypeAlias = FetchKeys | FetchKeysByID
+"""What an engine asks a KMS for."""
+
+
+class KeysWanted(ssl.SSLWantReadError):
+    """The handshake waits for a KMS, which somebody else is asking: go on once `engine.keys` has been called."""
+
+    def __init__(self, request: KeyRequest) -> None:
+        super().__init__(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (waiting for the KMS)")
+        self.request = request
+
+
+class NotThroughTheStandardLibrary:
+    """Stands where the standard library's classes keep their TLS: a forgotten method fails, and sends nothing."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotImplementedError(
+            f"this connection's TLS is not the standard library's: {name} is not implemented"
+        )
+
+
+class Endpoint:
+    """One end of a connection."""
+
+    server_side: bool
+    server_hostname: str | None
+    _context: QKDContext
+    _engine: Engine | None
+    """Until the handshake is complete."""
+    _tls: TLSConnection | None
+    """From then on."""
+    _info: QKDInfo | None
+    _peer_certificate: bytes | None
+    _offered_suites: tuple[int, ...] = ()
+    _lock: threading.Lock
+    """Around each call of OpenSSL; never held while waiting."""
+    _ask: Callable[[KeyRequest], list[QKDKey] | KMSError] | None
+    """Where the key manager is not to be called in this thread; may raise KeysWanted."""
+
+    def _initialise(self, context: QKDContext, *, server_side: bool, server_hostname: str | None) -> None:
+        self._context = context
+        self.server_side, self.server_hostname = server_side, server_hostname
+        self._engine = self._tls = self._info = self._peer_certificate = self._ask = None
+        self._lock = threading.Lock()
+        self._sslobj = NotThroughTheStandardLibrary()
+
+    # --- handshake
+
+    def _send_ciphertext(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _receive_ciphertext(self) -> bytes:
+        """What the transport has; nothing at its end. Raises SSLWantReadError where it has to be waited for."""
+        raise NotImplementedError
+
+    def _take_over(self, tls: TLSConnection) -> None:
+        """From now on it is application data that goes through TLS."""
+        raise NotImplementedError
+
+    def _step(self, engine: Engine) -> None:
+        """Do what the engine needs next."""
+        self._send_ciphertext(engine.data_to_send())
+        action = engine.next_action()
+        if isinstance(action, NeedData):
+            engine.receive_data(self._receive_ciphertext())
+        elif isinstance(action, Established):
+            self._establish(engine, action.info)
+        elif isinstance(action, ChooseContext):
+            assert isinstance(engine, ServerEngine)
+            self._context._choose_context(engine, self, action.server_name)
+        elif self._ask is not None:
+            engine.keys(self._ask(action))
+        else:
+            manager = self._context.key_manager
+            assert manager is not None
+            engine.keys(fetch_keys(action, manager))
+
+    def _establish(self, engine: Engine, info: QKDInfo) -> None:
+        tls = engine.connection
+        self._take_over(tls)
+        self._peer_certificate = engine.peer_certificate
+        if isinstance(engine, ServerEngine):
+            self._offered_suites = engine.offered_suites
+        self._engine, self._tls, self._info = None, tls, info
+        self._context._count("accept_good" if self.server_side else "connect_good")
+        self._warn(info)
+
+    def _warn(self, info: QKDInfo) -> None:
+        if info.fallback is not None:
+            warnings.warn(
+                f"no QKD key protects this connection: {info.fallback}",
+                QKDFallbackWarning,
+                stacklevel=_outside(),
+            )
+        if info.group not in ML_KEM_GROUPS:
+            warnings.warn(
+                f"the key exchange of this connection is {info.group}, which has no ML-KEM"
+                + (f"; {info.kem} is mixed in beside it" if info.kem else ""),
+                ClassicalGroupWarning,
+                stacklevel=_outside(),
+            )
+
+    # --- what the connection is
+
+    @property
+    def context(self) -> QKDContext:
+        """The context of this connection; an `sni_callback` may set another one, of class `QKDContext` too."""
+        return self._context
+
+    @context.setter
+    def context(self, value: QKDContext) -> None:
+        from qkd_tls.context import QKDContext
+
+        if not isinstance(value, QKDContext):
+            raise TypeError("The value must be a QKDContext")
+        self._context = value
+
+    @property
+    def qkd(self) -> QKDInfo | None:
+        """What protected this connection; None before the handshake is complete."""
+        return self._info
+
+    @property
+    def session(self) -> None:
+        """None: no connection is ever resumed without a fresh QKD key."""
+        return None
+
+    @session.setter
+    def session(self, value: object) -> None:
+        raise ValueError("no connection is ever resumed without a fresh QKD key: session stays None")
+
+    @property
+    def session_reused(self) -> bool | None:
+        """False, see `session`; None before the handshake is complete."""
+        return None if self._info is None else False
+
+    def version(self) -> str | None:
+        """`TLSv1.3`, or None before the handshake is complete."""
+        return "TLSv1.3" if self._tls is not None else None
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Name of the cipher suite, protocol version and secret bits."""
+        return self._tls.cipher if self._tls is not None else None
+
+    def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
+        """Server: the cipher suites that both sides have, in the client's order; None at the client."""
+        if self._tls is None or not self.server_side:
+            return None
+        return self._tls.shared_ciphers(self._offered_suites)
+
+    def compression(self) -> None:
+        """None: TLS 1.3 has no compression."""
+        return
+
+    def selected_alpn_protocol(self) -> str | None:
+        """The application's protocol; never `qkd-tls/1`."""
+        return self._info.alpn if self._info is not None else None
+
+    def selected_npn_protocol(self) -> None:
+        """None: superseded by ALPN."""
+        return
+
+    def getpeercert(self, binary_form: bool = False) -> dict[str, Any] | bytes | None:
+        """The certificate that authenticated the peer: on an associated connection that of the bootstrap.
+
+        As in the standard library: None where there is none, an empty dictionary where it was not verified.
+        """
+        if self._info is None:
+            raise ValueError("handshake not done yet")
+        certificate = self._peer_certificate
+        if certificate is None and self._tls is not None:
+            # It may have come after the handshake.
+            certificate = self._tls.peer_certificate
+        if binary_form or certificate is None:
+            return certificate
+        return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
+
+    def get_verified_chain(self) -> NoReturn:
+        """Not implemented: an association keeps the peer's own certificate only."""
+        raise NotImplementedError("only the peer's own certificate is kept: use getpeercert(True)")
+
+    def get_unverified_chain(self) -> NoReturn:
+        """Not implemented: an association keeps the peer's own certificate only."""
+        self.get_verified_chain()
+
+    def get_channel_binding(self, cb_type: str = "tls-exporter") -> bytes | None:
+        """Channel binding of this connection, 32 bytes (RFC 9266); None before the handshake is complete."""
+        if cb_type != "tls-exporter":
+            raise ValueError(
+                f"{cb_type} channel binding type not implemented: TLS 1.3 has tls-exporter (RFC 9266)"
+            )
+        return self._tls.export(b"EXPORTER-Channel-Binding", 32) if self._tls is not None else None
+
+    def verify_client_post_handshake(self) -> None:
+        """Server: ask the client for its certificate now (RFC 8446 4.6.2). It comes with what the client sends next."""
+        with self._lock:
+            if self._tls is None:
+                raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")
+            if not self.server_side:
+                raise ssl_error(ssl.SSLError, "[SSL] only a server may ask for a certificate", "NOT_SERVER")
+            self._tls.verify_client_post_handshake()
+
+
+def _outside() -> int:
+    """Stack level, as seen by the caller's `warnings.warn`, of the program that uses this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("qkd_tls."):
+        level, frame = level + 1, frame.f_back
+    return level

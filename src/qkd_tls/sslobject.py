@@ -1,0 +1,175 @@
+"""`QKDObject`: what `QKDContext.wrap_bio` returns, with the methods and errors of `ssl.SSLObject`.
+
+Ciphertext goes in and out through two `ssl.MemoryBIO`s, which the caller fills and empties. Nothing here waits, except
+for the KMS during `do_handshake`.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+
+from qkd_tls.endpoint import Endpoint
+from qkd_tls.engine import Engine
+from qkd_tls.errors import ssl_error
+from qkd_tls.openssl import TLSConnection
+
+if TYPE_CHECKING:
+    from qkd_tls.context import QKDContext
+
+__all__ = ["Adopter", "QKDObject", "adopter"]
+
+_T = TypeVar("_T")
+
+
+class Adopter(Protocol):
+    """Looks after the handshake of a connection that is being made."""
+
+    server_port: int | None
+
+    def adopt(self, connection: QKDObject, engine: Engine) -> None:
+        """Called with the new connection."""
+
+
+adopter: Final[ContextVar[Adopter | None]] = ContextVar("qkd_tls.adopter", default=None)
+"""Set by `qkd_tls.aio` around asyncio's functions, through which it cannot pass anything but a context."""
+
+
+class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
+    """A TLS 1.3 connection over memory. Made by `QKDContext.wrap_bio`, not by calling the class."""
+
+    # The standard library's class has properties of these names.
+    server_side: bool = False
+    server_hostname: str | None = None
+    _incoming: ssl.MemoryBIO
+    _outgoing: ssl.MemoryBIO
+    _farewell: Callable[[bytes], object]
+    """Takes the last ciphertext of a handshake that has failed."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError("QKDObject has no public constructor: use QKDContext.wrap_bio")
+
+    @classmethod
+    def _create(
+        cls,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        context: QKDContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None,
+    ) -> Self:
+        if not (isinstance(incoming, ssl.MemoryBIO) and isinstance(outgoing, ssl.MemoryBIO)):
+            raise TypeError("incoming and outgoing must be ssl.MemoryBIO")
+        self = cls.__new__(cls)
+        self._initialise(context, server_side=server_side, server_hostname=server_hostname)
+        self._incoming, self._outgoing = incoming, outgoing
+        self._farewell = outgoing.write
+        keeper = adopter.get()
+        engine = context.new_engine(
+            server_side=server_side,
+            server_hostname=server_hostname,
+            server_port=keeper.server_port if keeper is not None and not server_side else None,
+        )
+        self._engine = engine
+        if keeper is not None:
+            keeper.adopt(self, engine)
+        return self
+
+    # --- handshake
+
+    def do_handshake(self) -> None:
+        """Shake hands as far as the ciphertext at hand goes; asks the key manager in this thread.
+
+        Raises SSLWantReadError until the handshake is complete; the errors of `QKDContext.wrap_socket` beside.
+        """
+        with self._lock:
+            try:
+                while self._engine is not None:
+                    self._step(self._engine)
+            except ssl.SSLWantReadError:
+                raise
+            except BaseException:
+                assert self._engine is not None
+                self._engine.abort()
+                # The peer should learn why.
+                if last_words := self._engine.data_to_send():
+                    self._farewell(last_words)
+                raise
+
+    def _send_ciphertext(self, data: bytes) -> None:
+        if data:
+            self._outgoing.write(data)
+
+    def _receive_ciphertext(self) -> bytes:
+        data = self._incoming.read()
+        if not data and not self._incoming.eof:
+            raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
+        return data
+
+    def _take_over(self, tls: TLSConnection) -> None:
+        self._send_ciphertext(tls.take())
+
+    # --- data: the one place where TLS is called
+
+    def _pump(self, operation: Callable[[TLSConnection], _T]) -> _T:
+        if self._tls is None:
+            # As OpenSSL does where a program reads or writes first.
+            self.do_handshake()
+        with self._lock:
+            tls = self._tls
+            assert tls is not None
+            tls.feed(self._incoming.read())
+            try:
+                return operation(tls)
+            except ssl.SSLWantReadError:
+                if self._incoming.eof:
+                    raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol") from None
+                raise
+            finally:
+                self._send_ciphertext(tls.take())
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """Read up to `len` bytes and return them, or read into `buffer` and return how many; none at the end.
+
+        Raises SSLEOFError where the peer's transport ended without close_notify.
+        """
+        if buffer is None:
+            if len < 0:
+                raise ValueError("size should not be negative")
+            data = bytearray(min(len, 1 << 24))
+            size = self._read_into(memoryview(data))
+            return bytes(memoryview(data)[:size])
+        target = memoryview(buffer).cast("B")
+        return self._read_into(target[:len] if len > 0 else target)
+
+    def _read_into(self, target: memoryview) -> int:
+        if not target:
+            return 0
+        try:
+            return self._pump(lambda tls: tls.read_into(target))
+        except ssl.SSLZeroReturnError:
+            return 0
+
+    def write(self, data: Any) -> int:
+        """Encrypt everything; returns its size in bytes."""
+        view = memoryview(data).cast("B")
+        sent = 0
+        while sent < len(view):
+            # Memory is never full.
+            start = sent
+            sent = self._pump(lambda tls: tls.write_all(view, start))  # noqa: B023 - at once
+        return sent
+
+    def pending(self) -> int:
+        """Bytes that are already decrypted."""
+        return self._tls.pending if self._tls is not None else 0
+
+    def unwrap(self) -> None:
+        """Send close_notify. Raises SSLWantReadError until the peer's has come too."""
+        if self._pump(lambda tls: tls.shutdown()):
+            return
+        if not self._pump(lambda tls: tls.shutdown()):
+            raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
