@@ -24,12 +24,14 @@ ASKS_KMS: Final = {
     State.SERVER_KEY,
     State.SERVER_OFFER_KEYS,
 }
-"""States in which an engine waits for its KMS; in all others but the last it waits for the peer's bytes."""
+"""States in which an engine waits for its KMS."""
+ASKS_PROGRAM: Final = {State.SERVER_NAME}
+"""States in which it waits for the program; in all others but the last it waits for the peer's bytes."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A column of states from top to bottom, and one that stands to the left of the first two."""
+    """A column of states from top to bottom, and one that stands to the left of the two that it is between."""
 
     role: str
     column: tuple[State, ...]
@@ -57,6 +59,7 @@ LAYOUTS: Final = (
     Layout(
         "server",
         (
+            State.SERVER_NAME,
             State.SERVER_HELLO,
             State.SERVER_HANDSHAKE,
             State.SERVER_CONTROL,
@@ -100,6 +103,7 @@ text { font-family: sans-serif; font-size: 14px; fill: #0f172a; }
 .event { fill: #334155; }
 .state { fill: #ffffff; stroke: #2563eb; stroke-width: 1.5; }
 .kms { fill: #fef3c7; stroke: #b45309; stroke-width: 1.5; }
+.program { fill: #ede9fe; stroke: #6d28d9; stroke-width: 1.5; }
 .end { fill: #dcfce7; stroke: #15803d; stroke-width: 1.5; }
 .arrow { fill: none; stroke: #334155; stroke-width: 1.5; marker-end: url(#head); }
 </style>"""
@@ -110,6 +114,11 @@ class _Picture:
         self._layout = layout
         self._rows = {state: row for row, state in enumerate(layout.column)}
         self._height = _TOP + _ROW * len(layout.column) + 10
+        into_aside = [before for before, after in arrows(layout) if after is layout.aside]
+        self._aside_row = self._rows[into_aside[0]] + 0.5
+        self._first_to_end = min(
+            self._rows[before] for before, after in arrows(layout) if after is State.ESTABLISHED
+        )
 
     def svg(self) -> str:
         role = self._layout.role
@@ -139,7 +148,7 @@ class _Picture:
 
     def _y(self, state: State) -> float:
         """The middle of a state's box."""
-        return _TOP + _ROW * (0.5 if state is self._layout.aside else self._rows[state])
+        return _TOP + _ROW * (self._aside_row if state is self._layout.aside else self._rows[state])
 
     def _left(self, state: State) -> float:
         return _ASIDE_X if state is self._layout.aside else _COLUMN_X
@@ -147,11 +156,11 @@ class _Picture:
     def _boxes(self) -> Iterator[str]:
         width, height = _BOX
         for state in (*self._layout.column, self._layout.aside):
-            kind = "kms" if state in ASKS_KMS else "state"
+            kind = "kms" if state in ASKS_KMS else "program" if state in ASKS_PROGRAM else "state"
             x, y = self._left(state), self._y(state)
             yield _rect(kind, x, y - height / 2, width, height)
             yield f'<text class="name" x="{x + width / 2:g}" y="{y + 5:g}">{state.name}</text>'
-        top = self._y(self._layout.column[1]) - height / 2
+        top = self._y(self._layout.column[self._first_to_end]) - height / 2
         bottom = self._y(self._layout.column[-1]) + height / 2
         yield _rect("end", _END_X, top, _END_WIDTH, bottom - top)
         middle = (top + bottom) / 2 + 5
@@ -181,6 +190,12 @@ class _Picture:
                 middle = x + width / 2
                 yield _path(f"M{middle:g} {y + height / 2:g} V{self._y(after) - height / 2:g}")
                 yield from _labels(middle + 10, (y + self._y(after)) / 2 + 5, labels, middle=True)
+            elif self._rows[after] == self._rows[before] - 1:
+                beside = x + width / 4
+                yield _path(f"M{beside:g} {y - height / 2:g} V{self._y(after) + height / 2:g}")
+                yield from _labels(
+                    beside - 10, (y + self._y(after)) / 2 + 5, labels, anchor="end", middle=True
+                )
             else:
                 # Past other states: around them, on the left, each on its own way.
                 up = column.index(after) < column.index(before)
@@ -195,8 +210,9 @@ class _Picture:
         y = self._height - 42
         for x, kind, text in (
             (60, "state", "waits for the peer"),
-            (250, "kms", "waits for its KMS"),
-            (440, "end", "done. An error leads from every other state to FAILED"),
+            (230, "kms", "waits for its KMS"),
+            (390, "program", "asks the program"),
+            (550, "end", "done. From elsewhere, an error: FAILED"),
         ):
             yield _rect(kind, x, y, 22, 18, 4)
             yield f'<text x="{x + 30}" y="{y + 14}">{text}</text>'

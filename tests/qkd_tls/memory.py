@@ -24,6 +24,7 @@ from qkd_tls import control
 from qkd_tls.association import Association, AssociationStore
 from qkd_tls.engine import (
     ALPN_PROTOCOL,
+    ChooseContext,
     ClientEngine,
     Engine,
     EngineConfig,
@@ -179,6 +180,9 @@ class Side:
                 break
             if isinstance(action, FetchKeys | FetchKeysByID):
                 self.engine.keys(fetch_keys(action, self.kms))
+            elif isinstance(action, ChooseContext):
+                assert isinstance(self.engine, ServerEngine)
+                self.engine.choose(self.engine._config)
             elif isinstance(action, Established):
                 self.info = action.info
                 self._read()

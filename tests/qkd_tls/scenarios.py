@@ -81,6 +81,7 @@ LONG_WAY: Changes = {"pipelined": False}
 SECOND_CHOICE: Changes = {"groups": ("X25519", HYBRID_GROUP)}
 """The client's key share is one that the server does not take: HelloRetryRequest."""
 CLASSICAL: Changes = {"groups": ("X25519",)}
+BY_NAME: Changes = {"chooses_by_name": True}
 SHA256: Changes = {"kdf": KDF.SHA256}
 SHA256_FIRST: Changes = {"cipher_suites": DEFAULT_CIPHER_SUITES[KDF.SHA256]}
 WITH_CERTIFICATE: Changes = {"credentials": pki().client}
@@ -146,6 +147,7 @@ SCENARIOS = (
         server_tls=ASKS_FOR_CERTIFICATE,
     ),
     Scenario("bootstrap with HelloRetryRequests", "bootstrap", round_trips=4, client_tls=SECOND_CHOICE),
+    Scenario("bootstrap with a context chosen by name", "bootstrap", round_trips=2, server=BY_NAME),
     Scenario("bootstrap to an IP address", "bootstrap", round_trips=2, host="127.0.0.1"),
     Scenario("bootstrap without a host name", "bootstrap", round_trips=2, host=None),
     Scenario("bootstrap without a common ALPN", "bootstrap", round_trips=2, client={"alpn": ("h2",)}),
@@ -156,6 +158,13 @@ SCENARIOS = (
         "associated",
         round_trips=1,
         client={"announced_keys": 3},
+        associated=True,
+    ),
+    Scenario(
+        "associated with a context chosen by name",
+        "associated",
+        round_trips=1,
+        server=BY_NAME,
         associated=True,
     ),
     Scenario(
