@@ -341,11 +341,18 @@ class TLSConnection:
 
     def take(self) -> bytes:
         """Ciphertext for the transport, all there is."""
-        scratch, data = _this_thread.scratch, b""
-        while (size := _lib.BIO_read(self._outgoing, scratch, _SCRATCH_SIZE)) > 0:
-            data += _ffi.buffer(scratch, size)[:]
-            if size < _SCRATCH_SIZE:
-                break
+        scratch = _this_thread.scratch
+        size = _lib.BIO_read(self._outgoing, scratch, _SCRATCH_SIZE)
+        if size <= 0:
+            return b""
+        if size < _SCRATCH_SIZE:
+            return bytes(_ffi.buffer(scratch, size))
+        # Much data: each copy counts. What is taken in place is then read once more, to be gone.
+        pointer = _ffi.new("char **")
+        rest = _lib.BIO_get_mem_data(self._outgoing, pointer)
+        data = b"".join((_ffi.buffer(scratch, size), _ffi.buffer(pointer[0], rest)))
+        while _lib.BIO_read(self._outgoing, scratch, _SCRATCH_SIZE) == _SCRATCH_SIZE:
+            pass
         return data
 
     def attach(self, fileno: int) -> None:
