@@ -76,14 +76,6 @@ class QKDKey:
         """
         return _Use(self)
 
-    def _take(self) -> bytearray:
-        try:
-            return self._unused.pop()
-        except IndexError:
-            raise KeyAlreadyUsed(
-                "this QKD key was used already", kms=self._kms, key_ids=[self._key_id]
-            ) from None
-
     def wipe(self) -> None:
         """Overwrite an unused secret. One in use is left to its user: leaving the block wipes it."""
         try:
@@ -94,7 +86,8 @@ class QKDKey:
 
     def __del__(self) -> None:
         """Wipe a key that nobody used."""
-        self.wipe()
+        if self._unused:
+            self.wipe()
 
     def __repr__(self) -> str:
         """The ID and the size, never the secret."""
@@ -120,7 +113,13 @@ class _Use:
         self._key = key
 
     def __enter__(self) -> bytearray:
-        self._secret = self._key._take()
+        key = self._key
+        try:
+            self._secret = key._unused.pop()
+        except IndexError:
+            raise KeyAlreadyUsed(
+                "this QKD key was used already", kms=key._kms, key_ids=[key._key_id]
+            ) from None
         return self._secret
 
     def __exit__(self, *_: object) -> None:

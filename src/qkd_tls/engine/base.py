@@ -44,6 +44,7 @@ NEVER_FALL_BACK: Final = frozenset(
 )
 """Reject codes that end the connection under every policy: no QKD cause, but a peer that is not understood."""
 
+_NEED_DATA: Final = NeedData()
 _READ_SIZE: Final = 1 << 16
 _MIN_KEY_BITS: Final = 256
 # What the key schedule can take: a secret behind its length in two bytes.
@@ -91,12 +92,14 @@ class Engine(abc.ABC):
 
     _role: ClassVar[str]
 
+    _frames: control.FrameReader
+    """In a bootstrap."""
+
     def __init__(self, config: EngineConfig, start: State) -> None:
         self._config = config
         self._state = start
         self._records = RecordBuffer()
         self._out = bytearray()
-        self._frames = control.FrameReader()
         self._tls: TLSConnection | None = None
         self._psk: PSK | None = None
         self._association: Association | None = None
@@ -130,9 +133,9 @@ class Engine(abc.ABC):
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes from the transport; none at all mean that the peer has closed it."""
-        if self._state is State.FAILED:
+        if self._error is not None:
             return
-        if self._state is State.ESTABLISHED:
+        if self._info is not None:
             raise RuntimeError("the handshake is over: what comes now is for the connection")
         if not data:
             self._guard(self._end_of_stream)
@@ -145,7 +148,7 @@ class Engine(abc.ABC):
         fetch, self._fetch = self._fetch, None
         if fetch is None:
             wipe_keys([] if isinstance(result, KMSError) else result)
-            if self._state is State.FAILED:
+            if self._error is not None:
                 return
             raise RuntimeError("the engine has not asked for keys")
         self._kms_round_trips += 1
@@ -168,11 +171,11 @@ class Engine(abc.ABC):
             raise self._error
         if self._info is not None:
             return Established(self._info)
-        return self._fetch or NeedData()
+        return self._fetch or _NEED_DATA
 
     def abort(self) -> None:
         """Give up (a deadline has passed, say): wipe what was to be used."""
-        if self._state not in (State.ESTABLISHED, State.FAILED):
+        if self._info is None and self._error is None:
             self._guard(self._fail, ssl_error(ssl.SSLError, "the handshake was given up"))
 
     # --- state
@@ -340,8 +343,9 @@ class Engine(abc.ABC):
     def _establish(self, event: Event, alpn: str | None) -> None:
         assert self._tls is not None
         self._go(event)
-        # What came with the last flight already is application data.
-        self._feed_all()
+        if self._records:
+            # What came with the last flight already is application data.
+            self._feed_all()
         group = self._tls.group
         association = self._association if event is Event.PSK_ACCEPTED else None
         if association is None:

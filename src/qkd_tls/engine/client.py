@@ -108,13 +108,14 @@ class ClientEngine(Engine):
     # --- progress
 
     def _advance(self) -> None:
-        if not len(self._records):
+        if not self._records:
             return
         if self._state is State.CLIENT_HELLO:
             # In a bootstrap the server sends nothing more before it has an offer.
             self._feed_all()
             if self._run_handshake():
                 self._after_first_handshake()
+            return
         while self._state in (State.CLIENT_DISCOVER, State.CLIENT_OFFER):
             try:
                 message = self._read_message()
@@ -149,7 +150,9 @@ class ClientEngine(Engine):
                     hint="configure a key manager on the server; policy 'prefer' would go on without a QKD key",
                 )
             self._establish(Event.PLAIN, alpn)
-        elif self._peer_sae_id is None:
+            return
+        self._frames = control.FrameReader()
+        if self._peer_sae_id is None:
             self._go(Event.BOOTSTRAP_UNKNOWN_PEER)
             self._send_message(control.Discover())
         else:

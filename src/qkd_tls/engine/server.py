@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 from kms_client import KMSError, QKDKey, UnknownKey, UnknownSAE, wipe_keys
@@ -86,23 +87,15 @@ class ServerEngine(Engine):
         self._advance()
 
     def _advance(self) -> None:
-        while True:
-            before = self._state
-            if before is State.SERVER_HELLO:
-                self._read_hello()
-            elif before is State.SERVER_HANDSHAKE:
-                self._handshake()
-            elif before is State.SERVER_CONTROL:
-                self._read_control()
-            elif before is State.SERVER_SKIP:
-                self._skip_hello()
+        while (step := _STEPS.get(before := self._state)) is not None:
+            step(self)
             if self._state is before:
                 return
 
     # --- ClientHello
 
     def _read_hello(self) -> None:
-        if not len(self._records):
+        if not self._records:
             return
         self._hello = None
         try:
@@ -188,7 +181,7 @@ class ServerEngine(Engine):
 
     def _handshake(self) -> None:
         assert self._tls is not None
-        while self._state is State.SERVER_HANDSHAKE and len(self._records):
+        while self._records:
             if self._tls.psk_accepted:
                 self._feed_all()
             else:
@@ -199,6 +192,7 @@ class ServerEngine(Engine):
                 self._tls.feed(record)
             if self._run_handshake():
                 self._after_handshake()
+                return
 
     def _after_handshake(self) -> None:
         assert self._tls is not None
@@ -332,7 +326,7 @@ class ServerEngine(Engine):
             self._after_reject(Event.REJECT)
 
     def _skip_hello(self) -> None:
-        if not len(self._records):
+        if not self._records:
             return
         try:
             read = read_handshake_message(self._records.peek())
@@ -376,6 +370,15 @@ class ServerEngine(Engine):
         ours = ", ".join(self._config.context.settings.groups)
         hint = SERVER_HINTS.get(error.reason or "", "")
         return with_hint(error, hint.format(ours=ours, theirs=_groups_of(self._hello)))
+
+
+_STEPS: Final[dict[State, Callable[[ServerEngine], None]]] = {
+    State.SERVER_HELLO: ServerEngine._read_hello,
+    State.SERVER_HANDSHAKE: ServerEngine._handshake,
+    State.SERVER_CONTROL: ServerEngine._read_control,
+    State.SERVER_SKIP: ServerEngine._skip_hello,
+}
+"""What to do with bytes of the client. In the other states they wait."""
 
 
 def _is_stock(hello: ClientHello) -> bool:

@@ -125,7 +125,7 @@ class NeedData:
     """Send what there is to send, then feed what the transport receives."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FetchKeys:
     """Client: get `number` fresh keys to share with the peer's SAE (ETSI GS QKD 014 "Get key")."""
 
@@ -133,7 +133,7 @@ class FetchKeys:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FetchKeysByID:
     """Server: get the keys that the peer's SAE named (ETSI GS QKD 014 "Get key with key IDs")."""
 
@@ -148,7 +148,7 @@ class ChooseContext:
     server_name: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Established:
     """The handshake is complete; `Engine.connection` carries the application's data."""
 
