@@ -1,0 +1,64 @@
+"""What the command line calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from qkd_tls.config import ConfigError
+from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
+
+__all__ = ["check", "run"]
+
+
+def run(path: Path) -> int:
+    """Serve the tunnels of a configuration file until SIGTERM or SIGINT; returns the exit code.
+
+    0 after a drain, 2 where the file cannot be used; what is wrong is written to stderr, as is the log.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log = logging.getLogger("qkd_tls.tunnel")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        _import_metrics(path)
+        from qkd_tls.tunnel.service import Service
+
+        with warnings.catch_warnings():
+            # The log and the audit line say so for each connection.
+            warnings.simplefilter("ignore", QKDFallbackWarning)
+            warnings.simplefilter("ignore", ClassicalGroupWarning)
+            return asyncio.run(Service(path).run())
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    finally:
+        log.removeHandler(handler)
+
+
+def check(path: Path) -> None:
+    """Check a configuration file and the certificates and keys that it names, without listening or connecting.
+
+    Raises qkd_tls.config.ConfigError.
+    """
+    _import_metrics(path)
+    from qkd_tls.tunnel.contexts import Contexts
+    from qkd_tls.tunnel.metrics import Metrics
+    from qkd_tls.tunnel.settings import load
+
+    Contexts.make(load(path), Metrics()).replaced_by(Contexts())
+
+
+def _import_metrics(path: Path) -> None:
+    """Say what is missing where the extra is not installed."""
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            path, "", "", "the tunnel needs prometheus-client: pip install 'qkd-tls[tunnel]'"
+        ) from None
