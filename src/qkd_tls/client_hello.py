@@ -6,6 +6,7 @@ qkd-tls has no use for are skipped: OpenSSL parses the whole message again and h
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterable
@@ -58,6 +59,7 @@ _PRINTABLE: Final = re.compile(rb"[\x21-\x7e]+")
 
 _SESSION_ID: Final = 4 + 2 + 32  # behind the header, legacy_version and random
 _TICKET_AGE_SIZE: Final = 4
+_SMALLEST_BINDER: Final = 32
 _EXTENSION_HEADER: Final = struct.Struct(">HH")
 
 
@@ -301,6 +303,7 @@ def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
     return tuple(modes)
 
 
+@functools.lru_cache(maxsize=64)
 def _server_name(extension: bytes | None) -> str | None:
     """The host name (RFC 6066 section 3): at most one, in ASCII; names of other types are skipped."""
     if extension is None:
@@ -353,10 +356,28 @@ def _key_share_groups(extension: bytes | None) -> tuple[int, ...]:
     return tuple(groups)
 
 
+def _only_identity(extension: bytes) -> bytes:
+    """The usual case, without loops: one identity with its binder, all in order; nothing in other cases."""
+    end = 4 + int.from_bytes(extension[2:4], "big")
+    binders = end + _TICKET_AGE_SIZE
+    rest = len(extension) - binders
+    if (
+        rest >= 3 + _SMALLEST_BINDER
+        and extension[:2] == (binders - 2).to_bytes(2, "big")
+        and extension[binders : binders + 2] == (rest - 2).to_bytes(2, "big")
+        and extension[binders + 2] == rest - 3
+    ):
+        return extension[4:end]
+    return b""
+
+
 def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
     """The identities, each with its binder (section 4.2.11)."""
     if extension is None:
         return ()
+    identity = _only_identity(extension)
+    if identity:
+        return (identity,)
     entries, position = _vector(extension, 0, 2, "PSK identities")
     binders, end = _vector(extension, position, 2, "PSK binders")
     if end != len(extension):
@@ -375,7 +396,7 @@ def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
     position = 0
     while position < len(binders):
         binder, position = _vector(binders, position, 1, "PSK binder")
-        if len(binder) < 32:
+        if len(binder) < _SMALLEST_BINDER:
             raise ClientHelloError("a PSK binder shorter than 32 bytes")
         number_of_binders += 1
     if number_of_binders != len(identities):

@@ -57,6 +57,7 @@ DEFAULT_CIPHER_SUITES: Final[dict[KDF, tuple[str, ...]]] = {
     KDF.SHA256: ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"),
 }
 
+_MEMORY: Final = _lib.BIO_s_mem()
 _GROUP_SPELLINGS: Final = {"x25519": "X25519", "x448": "X448"}
 _TLS1_3: Final = 0x0304
 _PSK_SUITE: Final = {
@@ -281,6 +282,14 @@ class TLSConnection:
     SSLWantReadError, SSLWantWriteError, SSLZeroReturnError, SSLEOFError, SSLCertVerificationError, SSLError, OSError.
     """
 
+    attached = False
+    starved = False
+    """The last read ended for want of bytes from the transport: wait for them before the next."""
+    clogged = False
+    """The last write ended for want of room: wait for it before the next."""
+    _late_error: OSError | None = None
+    _selected: Any = None
+
     def __init__(
         self,
         context: TLSContext,
@@ -293,18 +302,11 @@ class TLSConnection:
         self.context = context
         self._psk = psk
         self._select_alpn = select_alpn
-        self._selected: Any = None
         self._server_hostname = server_hostname
         self._ssl = _ffi.gc(_lib.SSL_new(context._raw), _lib.SSL_free)
-        self._incoming = _lib.BIO_new(_lib.BIO_s_mem())
-        self._outgoing = _lib.BIO_new(_lib.BIO_s_mem())
+        self._incoming = _lib.BIO_new(_MEMORY)
+        self._outgoing = _lib.BIO_new(_MEMORY)
         _lib.SSL_set_bio(self._ssl, self._incoming, self._outgoing)
-        self.attached = False
-        self.starved = False
-        """The last read ended for want of bytes from the transport: wait for them before the next."""
-        self.clogged = False
-        """The last write ended for want of room: wait for it before the next."""
-        self._late_error: OSError | None = None
         if context.settings.server_side:
             _lib.SSL_set_accept_state(self._ssl)
         else:
@@ -318,8 +320,7 @@ class TLSConnection:
     def _name_the_server(self, server_hostname: str | None) -> None:
         if server_hostname is None:
             return
-        address = _ip_address(server_hostname)
-        name = server_hostname.encode("ascii")
+        name, address = _host(server_hostname)
         if address is None:
             # RFC 6066 3: literal addresses are not permitted in server_name.
             # The binding does not return OpenSSL's answer, which is no for longer names.
@@ -330,7 +331,7 @@ class TLSConnection:
             if address is None:
                 _require(_lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name)) == 1)
             else:
-                _require(_lib.X509_VERIFY_PARAM_set1_ip(parameters, address.packed, len(address.packed)) == 1)
+                _require(_lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address)) == 1)
 
     # --- ciphertext, while in memory
 
@@ -436,7 +437,7 @@ class TLSConnection:
         if certificate == _ffi.NULL:
             return None
         certificate = _ffi.gc(certificate, _lib.X509_free)
-        bio = _ffi.gc(_lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_free)
+        bio = _ffi.gc(_lib.BIO_new(_MEMORY), _lib.BIO_free)
         _require(_lib.i2d_X509_bio(bio, certificate) == 1)
         pointer = _ffi.new("char **")
         size = _lib.BIO_get_mem_data(bio, pointer)
@@ -685,11 +686,13 @@ def _alpn_names(wire: bytes) -> tuple[bytes, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _host(name: str) -> tuple[bytes, bytes | None]:
+    """A host's name, and the address that it is where it is one."""
     try:
-        return ipaddress.ip_address(name)
+        address = ipaddress.ip_address(name).packed
     except ValueError:
-        return None
+        address = None
+    return name.encode("ascii"), address
 
 
 def _drain_error_queue() -> str:
