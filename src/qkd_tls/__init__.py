@@ -15,6 +15,7 @@ from qkd_tls.hybrid import KDF
 from qkd_tls.info import Path, Protection, QKDInfo
 from qkd_tls.policy import Policy
 from qkd_tls.socket import QKDSocket
+from qkd_tls.sslobject import QKDObject
 
 __all__ = [
     "KDF",
@@ -27,6 +28,7 @@ __all__ = [
     "QKDFallbackWarning",
     "QKDInfo",
     "QKDKeyMismatch",
+    "QKDObject",
     "QKDProtocolError",
     "QKDSocket",
     "QKDUnavailable",
