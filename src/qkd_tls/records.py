@@ -19,25 +19,19 @@ class RecordBuffer:
 
     def __init__(self) -> None:
         # Immutable: a flight mostly comes in one piece, and then is never copied.
-        self._data = b""
-
-    def __len__(self) -> int:
-        return len(self._data)
+        self.data = b""
+        """All bytes not yet taken."""
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
-        self._data = self._data + data if self._data else bytes(data)
-
-    def peek(self) -> bytes:
-        """All bytes not yet taken."""
-        return self._data
+        self.data = self.data + data if self.data else bytes(data)
 
     def next_record(self) -> bytes | None:
         """One whole record with its header; None where more bytes are needed.
 
         What cannot be a record comes back at once and whole, for OpenSSL to say what is wrong with it.
         """
-        data = self._data
+        data = self.data
         if not data:
             return None
         if data[0] not in _CONTENT_TYPES or (len(data) > 1 and data[1] != 3):
@@ -53,12 +47,12 @@ class RecordBuffer:
 
     def take_all(self) -> bytes:
         """Remove and return everything."""
-        taken, self._data = self._data, b""
+        taken, self.data = self.data, b""
         return taken
 
     def take(self, size: int) -> bytes:
         """Remove and return the first bytes."""
-        taken, self._data = self._data[:size], self._data[size:]
+        taken, self.data = self.data[:size], self.data[size:]
         return taken
 
 

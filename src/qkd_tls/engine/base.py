@@ -17,6 +17,7 @@ from qkd_tls.control import RejectCode
 from qkd_tls.engine.states import (
     TRANSITIONS,
     Action,
+    ChooseContext,
     Established,
     Event,
     FetchKeys,
@@ -103,7 +104,7 @@ class Engine(abc.ABC):
         self._tls: TLSConnection | None = None
         self._psk: PSK | None = None
         self._association: Association | None = None
-        self._fetch: FetchKeys | FetchKeysByID | None = None
+        self._request: FetchKeys | FetchKeysByID | ChooseContext | None = None
         self._fallback: str | None = None
         self._kms_round_trips = 0
         self._bootstrapped = False
@@ -145,12 +146,13 @@ class Engine(abc.ABC):
 
     def keys(self, result: list[QKDKey] | KMSError) -> None:
         """Answer the FetchKeys or FetchKeysByID that `next_action` gave."""
-        fetch, self._fetch = self._fetch, None
-        if fetch is None:
+        fetch = self._request
+        if not isinstance(fetch, (FetchKeys, FetchKeysByID)):
             wipe_keys([] if isinstance(result, KMSError) else result)
             if self._error is not None:
                 return
             raise RuntimeError("the engine has not asked for keys")
+        self._request = None
         self._kms_round_trips += 1
         if not isinstance(result, KMSError):
             result = self._checked(fetch, result)
@@ -171,7 +173,7 @@ class Engine(abc.ABC):
             raise self._error
         if self._info is not None:
             return Established(self._info)
-        return self._fetch or _NEED_DATA
+        return self._request or _NEED_DATA
 
     def abort(self) -> None:
         """Give up (a deadline has passed, say): wipe what was to be used."""
@@ -212,7 +214,7 @@ class Engine(abc.ABC):
     def _clean_up(self) -> None:
         """After a failure: wipe what was to be used."""
         self._forget_psk()
-        self._fetch = None
+        self._request = None
 
     def _taken(self) -> bytes:
         return self._tls.take() if self._tls is not None and not self._tls.attached else b""
@@ -343,7 +345,7 @@ class Engine(abc.ABC):
     def _establish(self, event: Event, alpn: str | None) -> None:
         assert self._tls is not None
         self._go(event)
-        if self._records:
+        if self._records.data:
             # What came with the last flight already is application data.
             self._feed_all()
         group = self._tls.group

@@ -68,7 +68,7 @@ class ClientEngine(Engine):
         key = association.take_announced()
         if key is None:
             self._waiting = association
-            self._fetch = FetchKeys(association.server_sae_id, 1)
+            self._request = FetchKeys(association.server_sae_id, 1)
             self._go(Event.KEY_WANTED)
         else:
             self._derive(association, key, announced=True)
@@ -108,7 +108,7 @@ class ClientEngine(Engine):
     # --- progress
 
     def _advance(self) -> None:
-        if not self._records:
+        if not self._records.data:
             return
         if self._state is State.CLIENT_HELLO:
             # In a bootstrap the server sends nothing more before it has an offer.
@@ -168,7 +168,7 @@ class ClientEngine(Engine):
             # The key that was fetched for an association which has ended meanwhile.
             self._make_offer(self._offered)
         else:
-            self._fetch = FetchKeys(self._peer_sae_id, number)
+            self._request = FetchKeys(self._peer_sae_id, number)
 
     def _on_keys(self, result: list[QKDKey] | KMSError) -> None:
         if isinstance(result, KMSError):

@@ -20,7 +20,7 @@ from qkd_tls.client_hello import (
 from qkd_tls.control import RejectCode
 from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
 from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
-from qkd_tls.engine.states import Action, ChooseContext, Event, FetchKeysByID, State
+from qkd_tls.engine.states import ChooseContext, Event, FetchKeysByID, State
 from qkd_tls.errors import QKDUnavailable
 from qkd_tls.hybrid import PSKIdentity
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
@@ -51,7 +51,6 @@ class ServerEngine(Engine):
         self._rejection: tuple[RejectCode, str, KMSError | None] | None = None
         self._discovered = False
         self._app_alpn: str | None = None
-        self._choice: ChooseContext | None = None
         self._named = False
 
     @property
@@ -60,10 +59,6 @@ class ServerEngine(Engine):
         return self._hello.cipher_suites if self._hello is not None else ()
 
     # --- the server name
-
-    def next_action(self) -> Action:
-        """See `Engine.next_action`."""
-        return self._choice if self._choice is not None and self._error is None else super().next_action()
 
     def choose(self, config: EngineConfig) -> None:
         """Answer `ChooseContext`: go on with these settings, associations included."""
@@ -78,9 +73,9 @@ class ServerEngine(Engine):
         self._guard(self._fail, error)
 
     def _chosen(self) -> None:
-        if self._choice is None:
+        if not isinstance(self._request, ChooseContext):
             raise RuntimeError("the engine has not asked for a context")
-        self._choice = None
+        self._request = None
 
     def _go_on_from_name(self) -> None:
         self._go(Event.CHOSEN)
@@ -95,11 +90,11 @@ class ServerEngine(Engine):
     # --- ClientHello
 
     def _read_hello(self) -> None:
-        if not self._records:
+        if not self._records.data:
             return
         self._hello = None
         try:
-            read = read_handshake_message(self._records.peek())
+            read = read_handshake_message(self._records.data)
             if read is None:
                 return
             self._hello = parse_client_hello(read[0])
@@ -109,7 +104,7 @@ class ServerEngine(Engine):
             return
         if self._config.chooses_by_name and not self._named:
             self._named = True
-            self._choice = ChooseContext(self._hello.server_name)
+            self._request = ChooseContext(self._hello.server_name)
             self._go(Event.NAMED)
         elif self._config.uses_qkd:
             self._look_for_identity(self._hello)
@@ -133,7 +128,7 @@ class ServerEngine(Engine):
         if key is not None:
             self._start_handshake(Event.KEY_AT_HAND, key, announced=not self._bootstrapped)
         else:
-            self._fetch = FetchKeysByID(association.client_sae_id, (identity.key_id,))
+            self._request = FetchKeysByID(association.client_sae_id, (identity.key_id,))
             self._go(Event.KEY_WANTED)
 
     def _start_handshake(self, event: Event, key: QKDKey | None = None, *, announced: bool = False) -> None:
@@ -181,7 +176,7 @@ class ServerEngine(Engine):
 
     def _handshake(self) -> None:
         assert self._tls is not None
-        while self._records:
+        while self._records.data:
             if self._tls.psk_accepted:
                 self._feed_all()
             else:
@@ -245,7 +240,7 @@ class ServerEngine(Engine):
         self._offer = offer
         objection = self._objection(offer)
         if objection is None:
-            self._fetch = FetchKeysByID(offer.sae_id, offer.key_ids)
+            self._request = FetchKeysByID(offer.sae_id, offer.key_ids)
             self._go(Event.OFFER)
         else:
             self._reject(*objection)
@@ -326,10 +321,10 @@ class ServerEngine(Engine):
             self._after_reject(Event.REJECT)
 
     def _skip_hello(self) -> None:
-        if not self._records:
+        if not self._records.data:
             return
         try:
-            read = read_handshake_message(self._records.peek())
+            read = read_handshake_message(self._records.data)
         except ClientHelloError as error:
             self._fail(self._malformed(f"a pipelined offer without its ClientHello: {error}"))
         if read is not None:
