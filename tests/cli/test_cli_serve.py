@@ -163,6 +163,9 @@ def test_it_listens_where_it_is_told(client: Site, server: Site, listen: str) ->
         assert where.startswith(host)
         target = where.replace("[::]", "127.0.0.1")
         assert client.run("connect", target, "-q", "--server-name", "localhost", input=ECHO).stdout == ECHO
+        assert (
+            f"accepted from {host if listen != '0' else '127.0.0.1'}:" in process.stderr.readline().decode()
+        )
 
 
 def test_only_the_allowed_sae(client: Site, server: Site) -> None:

@@ -58,9 +58,11 @@ def _connected(arguments: Namespace, terminal: Terminal) -> Report:
 
 
 def _read(name: str) -> Report:
-    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
-        record = json.loads(text)
+        record = json.loads(data.decode())
+    except UnicodeDecodeError:
+        raise CommandError(f"{name} is not text in UTF-8", hint="give one JSON object") from None
     except ValueError as error:
         raise CommandError(
             f"{name} is not one JSON object: {error}",

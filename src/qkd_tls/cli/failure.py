@@ -59,6 +59,7 @@ class Failure:
         return f"error: {self.message}\nhint: {self.hint}"
 
 
+_REASON: Final = re.compile(r"^\[SSL(: \S+)?\] ")
 # OpenSSL's reasons for alerts about certificates, and for those that should have come.
 _ABOUT_CERTIFICATES: Final = re.compile("CERTIFICATE|UNKNOWN_CA")
 _CERTIFICATE_HINTS: Final = (
@@ -96,14 +97,14 @@ def explain_error(error: BaseException) -> Failure | None:
 
 def _tls_failure(error: ssl.SSLError, kind: str) -> Failure:
     if isinstance(error, ssl.SSLCertVerificationError):
-        message = f"the peer's certificate was refused: {error.verify_message}"
+        message = f"the peer's certificate was refused: {error.verify_message}".rstrip(".")
         hint = next(
             (hint for word, hint in _CERTIFICATE_HINTS if word in error.verify_message.lower()),
             "look at the certificate, for instance with: openssl x509 -text",
         )
         return Failure(kind, printable(message), hint, ExitCode.CERTIFICATE)
     # Where there is a hint, the engine has put it behind OpenSSL's own words.
-    message, _, hint = str(error.args[1]).removeprefix("[SSL] ").partition(": ")
+    message, _, hint = _REASON.sub("", str(error.args[1])).partition(": ")
     code = ExitCode.CERTIFICATE if _ABOUT_CERTIFICATES.search(error.reason or "") else ExitCode.CONNECTION
     return Failure(kind, printable(message), printable(hint) or "look at the peer's log", code)
 

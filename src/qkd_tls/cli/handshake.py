@@ -181,18 +181,18 @@ class _WatchedManager:
             return
         handshake.add("KME", f"asking {self.name} {what}")
         begin = time.perf_counter()
-        outcome = "interrupted"
+        outcome = "interrupted", ""
         try:
             yield keys
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            outcome = f"key {keys[0].key_id}{more}"
+            outcome = "answered", f": key {keys[0].key_id}{more}"
         except KMSError as error:
-            outcome = f"no key: {error.message}"
+            outcome = "failed", f": {error.message}"
             raise
         finally:
             milliseconds = 1000 * (time.perf_counter() - begin)
             handshake.kme_milliseconds += milliseconds
-            handshake.add("KME", f"answered after {milliseconds:.1f} ms: {outcome}")
+            handshake.add("KME", f"{outcome[0]} after {milliseconds:.1f} ms{outcome[1]}")
 
 
 def _keys(number: int) -> str:

@@ -110,4 +110,6 @@ def relay(sock: QKDSocket, idle: float | None) -> None:
 
 def shown_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
     """HOST:PORT, with an IPv6 address in brackets."""
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    # A socket for both families shows IPv4 addresses like this (RFC 4291 section 2.5.5.2).
+    host = address[0].removeprefix("::ffff:")
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

@@ -91,29 +91,20 @@ def _beside(left: list[str], right: list[str], line: str, gap: int) -> list[str]
 
 def _secrets(report: Report) -> list[str]:
     """The secrets, and what they are mixed into."""
-    rows = [*_secret_rows(report)]
-    width = max(len(row) for row in rows)
-    lines = []
-    for index, row in enumerate(rows):
-        joint = "─" if len(rows) == 1 else "┐" if index == 0 else "┘" if index == len(rows) - 1 else "┤"
-        lines.append(f"{row:<{width}} ─{joint}")
-    middle = len(rows) // 2
-    tail = f"─▶ {report.qkd.cipher}"
-    if len(rows) > 1 and middle not in (0, len(rows) - 1):
-        lines[middle] = lines[middle][:-1] + "┼"
-    elif len(rows) == 2:
-        lines[middle] = lines[middle][:-1] + "┴"
-    lines[middle] += tail
-    return lines
-
-
-def _secret_rows(report: Report) -> list[str]:
     qkd = report.qkd
-    rows = [(name, _nature(name)) for name in secrets_of(qkd)]
+    names = secrets_of(qkd)
+    rows = [(name, _nature(name)) for name in names]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    joints = ["┐", *["┤"] * (len(rows) - 2), "┘"] if len(rows) > 1 else ["─"]
+    middle = len(rows) // 2
+    joints[middle] = {"┘": "┴", "┤": "┼", "─": "─"}[joints[middle]] + f"─▶ {qkd.cipher}"
+    lines = [
+        f"{name:<{widths[0]}}  {nature:<{widths[1]}} ─{joint}"
+        for (name, nature), joint in zip(rows, joints, strict=True)
+    ]
     if qkd.key_id is None:
-        rows.append(("no QKD key", _shortened(qkd.fallback or "none was asked for", 50)))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {nature}" for name, nature in rows]
+        lines.append("no QKD key")
+    return lines
 
 
 def _nature(name: str) -> str:
@@ -180,7 +171,7 @@ def _key(report: Report) -> list[str]:
 def attacker_needs(report: Report) -> list[str]:
     """One sentence for each way to attack the connection."""
     qkd = report.qkd
-    mathematics = [name.removesuffix(" (explicit)") for name in secrets_of(qkd) if name != "QKD key"]
+    mathematics = [name.partition(" (")[0] for name in secrets_of(qkd) if name != "QKD key"]
     broken = " and ".join(mathematics)
     if qkd.protection is Protection.HYBRID:
         live = (

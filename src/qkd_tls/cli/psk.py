@@ -13,6 +13,7 @@ from qkd_tls.cli.failure import CommandError, ExitCode
 from qkd_tls.cli.handshake import Handshake, Watch
 from qkd_tls.cli.settings import add_qkd_options, address, open_context
 from qkd_tls.cli.terminal import Terminal, add_output_options
+from qkd_tls.context import QKDContext
 from qkd_tls.hybrid import KDF
 from qkd_tls.stock_psk import StockPSK, export_psk
 
@@ -25,9 +26,9 @@ DESCRIPTION = (
     "association ends."
 )
 _WARNING = """\
-The PSK is a SECRET, and it is about to be printed. It opens one connection to {peer} as SAE {sae_id},
-and lets whoever sees it read that connection if they also break its key exchange. It ends up in this terminal's
-scrollback, in logs, and, on a command line, in the list of processes. Use it at once; it cannot be called back."""
+The PSK is a SECRET, and it is about to be printed. Whoever sees it can open one connection to {peer} as
+SAE {sae_id}, until the association ends. It stays in this terminal's scrollback and, on a command line, in the
+shell's history and in the list of processes. Use it at once: it cannot be called back."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
         context.observer = watch.step
         context.set_alpn_protocols(arguments.alpn)
         # Before any key is used up.
-        _ask(arguments, context.key_manager.sae_id if context.key_manager else "none")
+        _warn_and_ask(arguments, terminal, context)
         with peer.connect(context, watch, terminal, arguments.target, arguments) as (sock, _):
             pass
         handshake = Handshake(lambda line: terminal.note(str(line)))
@@ -63,7 +64,10 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
     return ExitCode.OK
 
 
-def _ask(arguments: Namespace, sae_id: str) -> None:
+def _warn_and_ask(arguments: Namespace, terminal: Terminal, context: QKDContext) -> None:
+    sae_id = context.key_manager.sae_id if context.key_manager is not None else "none"
+    terminal.note(_WARNING.format(peer=peer.shown_address(arguments.target), sae_id=sae_id))
+    terminal.note()
     if arguments.yes:
         return
     if not sys.stdin.isatty():
@@ -71,10 +75,9 @@ def _ask(arguments: Namespace, sae_id: str) -> None:
             "the PSK is a secret, and nobody can be asked whether to print it",
             hint="give --yes if you want it printed",
         )
-    print(_WARNING.format(peer=peer.shown_address(arguments.target), sae_id=sae_id), file=sys.stderr)
     print("Print it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CommandError("not printed", hint="nothing was asked of the KME", code=ExitCode.USAGE)
+        raise CommandError("not printed", hint="no key was used up")
 
 
 def _print(arguments: Namespace, terminal: Terminal, exported: StockPSK) -> None:

@@ -18,7 +18,7 @@ from qkd_tls.socket import QKDSocket
 
 __all__ = ["ML_KEM_OF_ASSOCIATION", "Certificate", "Report", "secrets_of"]
 
-ML_KEM_OF_ASSOCIATION: Final = "ML-KEM of the association"
+ML_KEM_OF_ASSOCIATION: Final = "ML-KEM (association)"
 """A secret's name: where the connection's own group has no ML-KEM."""
 
 _NOT_TEXT: Final = ("announced", "kms_round_trips")
