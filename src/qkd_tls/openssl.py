@@ -16,6 +16,7 @@ import functools
 import hashlib
 import ipaddress
 import os
+import re
 import ssl
 import threading
 import weakref
@@ -71,6 +72,8 @@ _FULL_RECORD: Final = 1 << 14
 _LARGEST: Final = 0x7FFF_FFFF
 _WRITE_AT_ONCE: Final = 1 << 20
 _SCRATCH_SIZE: Final = 1 << 15
+# The standard library keeps the names that OpenSSL 3.0 gave to the oldest alerts.
+_ALERT_SPELLING: Final = re.compile("^(SSL/)?TLS_ALERT_")
 # openssl/err.h: set in the codes of errors that are the system's.
 _SYSTEM_ERROR: Final = 1 << 31
 
@@ -129,17 +132,15 @@ class Credentials:
             # Without a callback OpenSSL would ask on the terminal.
             key = crypto.load_privatekey(crypto.FILETYPE_PEM, key_pem, password or (lambda *_: b""))
         except (crypto.Error, ValueError) as error:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL,
-                f"cannot read the private key ({_reason(error) or error}): wrong password, or not PEM",
+            raise ssl_error(
+                ssl.SSLError,
+                f"[SSL] PEM lib: cannot read the private key ({_reason(error) or error}): wrong password, or not PEM",
             ) from None
         credentials = cls(tuple(chain), key)
         try:
             TLSContext(TLSSettings(server_side=True, credentials=credentials))
         except ssl.SSLError as error:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL, f"{error.args[1]}; the key may not be the certificate's"
-            ) from None
+            raise ssl_error(ssl.SSLError, f"{error.args[1]}; the key may not be the certificate's") from None
         return credentials
 
 
@@ -225,7 +226,7 @@ class TLSContext:
         weakref.finalize(self, log.close)
 
         # The signature is OpenSSL's. An exception must not leave it.
-        @_ffi.callback("void(const SSL *, const char *)", onerror=lambda *_: True)  # type: ignore[untyped-decorator]
+        @_ffi.callback("void(SSL const *, char const *)", onerror=lambda *_: True)  # type: ignore[untyped-decorator]
         def write_line(_pointer: Any, line: Any) -> None:
             with lock, contextlib.suppress(OSError):
                 log.write(_ffi.string(line) + b"\n")
@@ -570,7 +571,8 @@ class TLSConnection:
         if reason == "certificate verify failed":
             raise self._verification_error()
         reason = reason or "unknown error"
-        raise ssl_error(ssl.SSLError, f"[SSL] {reason}", reason.upper().replace(" ", "_"))
+        name = _ALERT_SPELLING.sub("SSLV3_ALERT_", reason.upper().replace(" ", "_"))
+        raise ssl_error(ssl.SSLError, f"[SSL: {name}] {reason}", name)
 
     def _verification_error(self) -> ssl.SSLCertVerificationError:
         code = _lib.SSL_get_verify_result(self._ssl)

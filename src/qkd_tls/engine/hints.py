@@ -35,7 +35,6 @@ _NO_COMMON_GROUP: Final = (
     "no key exchange group in common: the client offers {theirs}, this server has {ours}. The client needs a TLS stack "
     "with X25519MLKEM768 (OpenSSL 3.5 or newer); a classical group has to be added by name"
 )
-# OpenSSL has spelt the reason of this alert in several ways.
 _NOTHING_ACCEPTED: Final = "the client accepts nothing of what this server speaks"
 _NO_COMMON_GROUND: Final = (
     "the server found no common ground: it may lack X25519MLKEM768 (OpenSSL 3.5 or newer); a classical group has to be "
@@ -52,14 +51,11 @@ SERVER_HINTS: Final = {
     "WRONG_VERSION_NUMBER": "the client does not speak TLS",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "this server requires a client certificate, and the client has sent none",
     "TLSV1_ALERT_UNKNOWN_CA": "the client does not trust the CA of this server's certificate",
-    "TLS_ALERT_HANDSHAKE_FAILURE": _NOTHING_ACCEPTED,
-    "SSL/TLS_ALERT_HANDSHAKE_FAILURE": _NOTHING_ACCEPTED,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": _NOTHING_ACCEPTED,
 }
 
 CLIENT_HINTS: Final = {
     "SSLV3_ALERT_HANDSHAKE_FAILURE": _NO_COMMON_GROUND,
-    "TLS_ALERT_HANDSHAKE_FAILURE": _NO_COMMON_GROUND,
-    "SSL/TLS_ALERT_HANDSHAKE_FAILURE": _NO_COMMON_GROUND,
     "TLSV1_ALERT_PROTOCOL_VERSION": _TLS_1_3_ONLY,
     "UNSUPPORTED_PROTOCOL": _TLS_1_3_ONLY,
     "WRONG_VERSION_NUMBER": "the server does not speak TLS on this port",
