@@ -8,6 +8,7 @@ ever runs on it.
 
 from __future__ import annotations
 
+import binascii
 import operator
 import os
 import re
@@ -43,6 +44,8 @@ _Password = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
 _PEM: Final = re.compile(
     r"-----BEGIN (CERTIFICATE|TRUSTED CERTIFICATE|X509 CRL)-----\s.+?-----END \1-----", re.DOTALL
 )
+# OpenSSL's buffer for it (PEM_BUFSIZE).
+_LONGEST_PASSWORD: Final = 1024
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
 
@@ -195,20 +198,33 @@ class QKDContext(ssl.SSLContext):
     ) -> None:
         """Present this certificate chain (PEM, leaf first); ECDSA, RSA, Ed25519 and ML-DSA keys work.
 
-        Raises ssl.SSLError where a file is not PEM, the key is not the certificate's, or the password is wrong.
+        The password is asked for where the key is encrypted.
+
+        Raises ssl.SSLError where a file is not PEM, the key is not the certificate's, or the password is wrong; what
+        a `password` function raises.
         """
-        chain = [
-            ssl.PEM_cert_to_DER_cert(match.group())
-            for match in _PEM.finditer(Path(os.fsdecode(certfile)).read_text("latin-1"))
-            if match.group(1) == "CERTIFICATE"
-        ]
+        passphrase = None if password is None else _Passphrase(password)
+        name = os.fsdecode(certfile)
+        try:
+            chain = [
+                ssl.PEM_cert_to_DER_cert(match.group())
+                for match in _PEM.finditer(Path(name).read_text("latin-1"))
+                if match.group(1) == "CERTIFICATE"
+            ]
+        except binascii.Error as error:
+            raise ssl_error(
+                ssl.SSLError, f"[SSL] PEM lib: a certificate in {name} is damaged: {error}"
+            ) from None
         if not chain:
-            raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"[SSL] PEM lib: no certificate in {os.fsdecode(certfile)}")
-        self._credentials = Credentials.load(
-            chain,
-            Path(os.fsdecode(certfile if keyfile is None else keyfile)).read_bytes(),
-            None if password is None else lambda *_: _password_bytes(password),
-        )
+            raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: no certificate in {name}")
+        try:
+            self._credentials = Credentials.load(
+                chain, Path(name if keyfile is None else os.fsdecode(keyfile)).read_bytes(), passphrase
+            )
+        except ssl.SSLError:
+            if passphrase is not None and passphrase.error is not None:
+                raise passphrase.error from None
+            raise
 
     # --- protocol
 
@@ -361,8 +377,6 @@ class QKDContext(ssl.SSLContext):
         if server_side:
             if server_hostname is not None:
                 raise ValueError("server_hostname can only be specified in client mode")
-            if self.sni_callback is None:
-                self._check_credentials()
             self._count("accept")
             return ServerEngine(self._engine_config())
         if self.check_hostname and not server_hostname:
@@ -375,29 +389,30 @@ class QKDContext(ssl.SSLContext):
             server_sae_id=self._peer_sae_ids.get(server_hostname or "", self._peer_sae_id),
         )
 
-    def _check_credentials(self) -> None:
-        if self._credentials is None:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL,
-                "[SSL] no certificate: call load_cert_chain() on the server's context first",
-            )
-
     def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> None:
         """Ask the `sni_callback` what to do with a client that wants to reach `name`."""
         callback: Any = self.sni_callback
         cause: Exception | None = None
         try:
             answer = callback(connection, name, self) if callback is not None else None
-            if answer is None:
-                chosen = connection.context
-                chosen._check_credentials()
-                engine.choose(chosen._engine_config())
-                return
+        except Exception as error:  # noqa: BLE001 - whatever the program's function raises
+            cause, answer = error, ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
+        chosen = connection.context
+        if answer is None and chosen._credentials is not None:
+            engine.choose(chosen._engine_config())
+            return
+        if answer is None:
+            engine.refuse(
+                ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE,
+                ssl_error(
+                    ssl.SSLError, "[SSL] no certificate: call load_cert_chain() on the server's context first"
+                ),
+            )
+            return
+        try:
             description = operator.index(answer)
         except TypeError as error:
             cause, description = error, ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
-        except Exception as error:  # noqa: BLE001 - whatever the program's function raises
-            cause, description = error, ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
         refusal = ssl_error(
             ssl.SSLError,
             f"[SSL] callback failed: the sni_callback refused the name {name!r} with alert {int(description)}"
@@ -470,7 +485,8 @@ class QKDContext(ssl.SSLContext):
             pipelined=self._pipelined,
             lifetime=self._lifetime,
             max_keys=self._max_keys,
-            chooses_by_name=self.sni_callback is not None,
+            # Without a certificate it is time to say so when a client comes: it may be loaded until then.
+            chooses_by_name=self.sni_callback is not None or (self._server and self._credentials is None),
             observer=self.observer,
         )
 
@@ -528,9 +544,32 @@ def _ascii_hostname(name: str | bytes | None) -> str | None:
     return ascii_text
 
 
-def _password_bytes(password: _Password) -> bytes:
-    value = password() if callable(password) else password
-    return value.encode() if isinstance(value, str) else bytes(value)
+class _Passphrase:
+    """Gives the password of a private key when OpenSSL asks for it."""
+
+    def __init__(self, password: _Password) -> None:
+        self.error: Exception | None = None
+        """Why the program's function has given none."""
+        self._ask = password if callable(password) else None
+        self._given = b"" if callable(password) else self._checked(password, "password should be a string")
+
+    def __call__(self, *_: object) -> bytes:
+        if self._ask is None:
+            return self._given
+        try:
+            return self._checked(self._ask(), "password callback must return a string")
+        except Exception as error:
+            self.error = error
+            raise
+
+    @staticmethod
+    def _checked(value: object, complaint: str) -> bytes:
+        if not isinstance(value, str | bytes | bytearray):
+            raise TypeError(complaint)
+        password = value.encode() if isinstance(value, str) else bytes(value)
+        if len(password) > _LONGEST_PASSWORD:
+            raise ValueError(f"password cannot be longer than {_LONGEST_PASSWORD} bytes")
+        return password
 
 
 def _split_der(data: bytes) -> Iterator[bytes]:
