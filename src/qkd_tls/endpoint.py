@@ -232,7 +232,11 @@ class Endpoint:
             if self._tls is None:
                 raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")
             if not self.server_side:
-                raise ssl_error(ssl.SSLError, "[SSL] only a server may ask for a certificate", "NOT_SERVER")
+                raise ssl_error(
+                    ssl.SSLError,
+                    "[SSL: NOT_SERVER] not server: only a server may ask for a certificate",
+                    "NOT_SERVER",
+                )
             self._tls.verify_client_post_handshake()
 
 

@@ -8,6 +8,7 @@ here, so that no lock is held while waiting: a thread may read while another one
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from qkd_tls.endpoint import Endpoint
 from qkd_tls.engine import Engine
+from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
 
 if TYPE_CHECKING:
@@ -82,10 +84,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._timeout = timeout
         socket.socket.settimeout(self, timeout)
         try:
-            self.getpeername()
-        except OSError:
-            return self
-        try:
+            if not self._has_peer():
+                return self
             self._start(engine)
             if do_handshake_on_connect:
                 if timeout == 0.0:
@@ -97,6 +97,29 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             self.close()
             raise
         return self
+
+    def _has_peer(self) -> bool:
+        try:
+            self.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        else:
+            return True
+        # A peer that is gone already may have left data. It came through no TLS, and must not be taken for what did.
+        socket.socket.setblocking(self, False)
+        try:
+            left = socket.socket.recv(self, 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EINVAL, errno.EAGAIN):
+                raise
+            left = b""
+        socket.socket.settimeout(self, self._timeout)
+        if left:
+            closed = ssl_error(ssl.SSLError, "Closed before TLS handshake with data in recv buffer.")
+            closed.reason = closed.args[1]
+            raise closed
+        return False
 
     def _start(self, engine: Engine) -> None:
         self._connected = True
@@ -226,6 +249,22 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._unsent += tls.take()
         tls.attach(self.fileno())
 
+    def _check_open(self, what: str) -> None:
+        if self._engine is None and self._tls is None:
+            raise ValueError(f"{what} on closed or unwrapped QKDSocket.")
+
+    def _check_connected(self) -> None:
+        if not self._connected:
+            # Raises unless a non-blocking `connect` has come about.
+            self.getpeername()
+
+    def getpeercert(  # type: ignore[override]
+        self, binary_form: bool = False
+    ) -> dict[str, Any] | bytes | None:
+        """As `QKDObject.getpeercert`; raises OSError where there is no connection."""
+        self._check_connected()
+        return super().getpeercert(binary_form)
+
     def _ready(self) -> None:
         """Shake hands where a program reads or writes first, as OpenSSL does."""
         if self._info is None or self._unsent:
@@ -235,8 +274,9 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         """Read up to `len` bytes and return them, or read into `buffer` and return how many."""
+        self._check_open("Read")
         if buffer is not None:
-            return self.recv_into(buffer, len)
+            return self.recv_into(buffer, max(len, 0))
         return self.recv(len)
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
@@ -293,6 +333,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def write(self, data: Any) -> int:
         """As `send`."""
+        self._check_open("Write")
         return self.send(data)
 
     def send(self, data: Any, flags: int = 0) -> int:
@@ -455,31 +496,34 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def sendto(self, *_: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("sendto")
+        self._check_connected()
+        _not_allowed("sendto", ValueError)
 
     def sendmsg(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("sendmsg")
+        _not_allowed("sendmsg", NotImplementedError)
 
     def sendmsg_afalg(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed."""
-        _not_allowed("sendmsg_afalg")
+        _not_allowed("sendmsg_afalg", NotImplementedError)
 
     def recvfrom(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("recvfrom")
+        self._check_connected()
+        _not_allowed("recvfrom", ValueError)
 
     def recvfrom_into(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("recvfrom_into")
+        self._check_connected()
+        _not_allowed("recvfrom_into", ValueError)
 
     def recvmsg(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("recvmsg")
+        _not_allowed("recvmsg", NotImplementedError)
 
     def recvmsg_into(self, *_: Any, **__: Any) -> NoReturn:
         """Not allowed, as in the standard library."""
-        _not_allowed("recvmsg_into")
+        _not_allowed("recvmsg_into", NotImplementedError)
 
     def dup(self) -> NoReturn:
         """Not possible: two sockets cannot share one TLS connection."""
@@ -510,5 +554,5 @@ def _no_flags(flags: int, name: str) -> None:
         raise ValueError(f"non-zero flags not allowed in calls to {name}() on QKDSocket")
 
 
-def _not_allowed(name: str) -> NoReturn:
-    raise ValueError(f"{name} not allowed on instances of QKDSocket")
+def _not_allowed(name: str, error: type[Exception]) -> NoReturn:
+    raise error(f"{name} not allowed on instances of QKDSocket")

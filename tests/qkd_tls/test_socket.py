@@ -118,7 +118,9 @@ class TestInterface:
             lambda: client.sendmsg_afalg([b"x"]),
         ]
         for call in calls:
-            with pytest.raises(ValueError, match="not allowed on instances of QKDSocket"):
+            with pytest.raises(
+                (ValueError, NotImplementedError), match="not allowed on instances of QKDSocket"
+            ):
                 call()
         with pytest.raises(NotImplementedError, match="dup"):
             client.dup()
@@ -196,7 +198,6 @@ class TestWrapping:
 
     def test_arguments_that_do_not_fit_leave_the_socket_alone(self, local: Lab) -> None:
         client, server = local.client(), local.server()
-        no_certificate = QKDContext(ssl.PROTOCOL_TLS_SERVER, policy="off")
         calls: list[tuple[type[Exception], str, Callable[[socket.socket], object]]] = [
             (ValueError, "check_hostname requires server_hostname", client.wrap_socket),
             (
@@ -213,11 +214,6 @@ class TestWrapping:
                 ssl.SSLError,
                 "Cannot create a client socket with a PROTOCOL_TLS_SERVER context",
                 lambda sock: server.wrap_socket(sock, server_hostname="localhost"),
-            ),
-            (
-                ssl.SSLError,
-                "call load_cert_chain",
-                lambda sock: no_certificate.wrap_socket(sock, server_side=True),
             ),
             (
                 ValueError,

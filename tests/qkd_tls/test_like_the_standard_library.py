@@ -1,0 +1,152 @@
+"""What a program sees where something is wrong: as with the standard library's classes.
+
+CPython's own tests, see tests/cpython, ask the same and more where the interpreter has them.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+from socket_support import TIMEOUT, Authority, Lab, Server, connect, connected, talk, tcp_pair
+
+from qkd_tls import QKDContext, QKDSocket
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class TestNotConnected:
+    @pytest.fixture
+    def sock(self, local: Lab) -> Any:
+        with local.client().wrap_socket(socket.socket(), server_hostname="localhost") as sock:
+            yield sock
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda sock: sock.recv(1),
+            lambda sock: sock.send(b"x"),
+            lambda sock: sock.recvfrom(1),
+            lambda sock: sock.recvfrom_into(bytearray(1)),
+            lambda sock: sock.sendto(b"x", ("127.0.0.1", 9)),
+            lambda sock: sock.getpeercert(),
+        ],
+    )
+    def test_errors_of_the_socket(self, sock: QKDSocket, call: Any) -> None:
+        with pytest.raises(OSError, match="not connected") as caught:
+            call(sock)
+        assert caught.value.errno == errno.ENOTCONN
+
+    def test_read_and_write(self, sock: QKDSocket) -> None:
+        with pytest.raises(ValueError, match="Read on closed or unwrapped"):
+            sock.read(1)
+        with pytest.raises(ValueError, match="Write on closed or unwrapped"):
+            sock.write(b"x")
+
+    def test_after_the_end_too(self, local: Lab) -> None:
+        with connected(local.client(), local.server()) as (client, _):
+            client.close()
+            with pytest.raises(ValueError, match="Read on closed or unwrapped"):
+                client.read(1)
+            with pytest.raises(ValueError, match="Write on closed or unwrapped"):
+                client.write(b"x")
+
+
+@pytest.mark.parametrize("server_side", [False, True])
+def test_data_of_a_peer_that_is_gone_before_tls(local: Lab, server_side: bool) -> None:
+    """It came through no TLS, and is not shown to the program (CVE-2023-40217)."""
+    context = local.server() if server_side else local.client()
+    with tcp_pair() as (near, far):
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        far.sendall(b"plaintext")
+        far.close()
+        with pytest.raises(ssl.SSLError, match="before TLS handshake with data") as caught:
+            context.wrap_socket(
+                near, server_side=server_side, server_hostname=None if server_side else "localhost"
+            )
+    assert caught.value.library is None
+    assert "before TLS handshake" in caught.value.reason
+
+
+def test_read_into_a_buffer_of_any_size(local: Lab) -> None:
+    with connected(local.client(), local.server()) as (client, server):
+        server.sendall(b"data")
+        buffer = bytearray(4)
+        assert client.read(-1, buffer) == 4
+        assert buffer == b"data"
+
+
+def test_only_a_server_asks_for_a_certificate_later(local: Lab) -> None:
+    with (
+        connected(local.client(), local.server()) as (client, _),
+        pytest.raises(ssl.SSLError, match="not server") as caught,
+    ):
+        client.verify_client_post_handshake()
+    assert caught.value.reason == "NOT_SERVER"
+
+
+class TestServerWithoutACertificate:
+    @pytest.fixture
+    def bare(self, local: Lab) -> QKDContext:
+        return QKDContext(ssl.PROTOCOL_TLS_SERVER, key_manager=local.manager("server"))
+
+    def test_says_so_when_a_client_comes(self, local: Lab, bare: QKDContext) -> None:
+        with Server(bare) as server:
+            with pytest.raises(ssl.SSLError) as caught:
+                server.connect(local.client())
+            assert caught.value.reason == "SSLV3_ALERT_HANDSHAKE_FAILURE"
+            error = server.seen().error
+        assert isinstance(error, ssl.SSLError)
+        assert "call load_cert_chain()" in str(error)
+
+    def test_may_load_it_after_wrapping_the_listening_socket(self, local: Lab, bare: QKDContext) -> None:
+        with (
+            bare.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listening,
+            ThreadPoolExecutor() as pool,
+        ):
+            local.server_identity.load_into(bare)
+            connecting = pool.submit(connect, listening.getsockname(), local.client())
+            accepted, _ = listening.accept()
+            with accepted, connecting.result(TIMEOUT) as client:
+                client.sendall(b"hello")
+                assert accepted.recv(100) == b"hello"
+
+
+class TestPrivateKeys:
+    def test_a_damaged_certificate(self, local: Lab, tmp_path: FilePath) -> None:
+        damaged = tmp_path / "damaged.pem"
+        damaged.write_text("-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----\n")
+        with pytest.raises(ssl.SSLError, match=r"PEM lib: a certificate in .* is damaged"):
+            local.server().load_cert_chain(damaged)
+
+    @pytest.mark.parametrize(
+        ("password", "error", "text"),
+        [
+            (True, TypeError, "should be a string"),
+            (b"a" * 102400, ValueError, "cannot be longer"),
+            (lambda: b"a" * 102400, ValueError, "cannot be longer"),
+            (lambda: 9, TypeError, "must return a string"),
+        ],
+    )
+    def test_passwords_that_are_none(
+        self, local: Lab, tmp_path: FilePath, password: Any, error: type[Exception], text: str
+    ) -> None:
+        identity = Authority(tmp_path).issue("encrypted", password=b"pass phrase")
+        with pytest.raises(error, match=text):
+            local.server().load_cert_chain(identity.cert_file, identity.key_file, password)
+
+
+def test_key_log(local: Lab, tmp_path: FilePath) -> None:
+    """The secrets of both handshakes of a first connection."""
+    client = local.client()
+    client.keylog_filename = str(tmp_path / "keys")
+    with Server(local.server()) as server, server.connect(client) as sock:
+        talk(sock)
+    lines = (tmp_path / "keys").read_text().splitlines()
+    assert sum(line.startswith("CLIENT_TRAFFIC_SECRET_0 ") for line in lines) == 2
