@@ -31,6 +31,7 @@ import qkd_tls
 from kms_client import KeyManager, LocalKeyManager, QKDKey
 from qkd_tls.engine import Engine, Established, FetchKeys, FetchKeysByID
 from qkd_tls.fetch import fetch_keys
+from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import openssl_version
 
 NAME = "server.example"
@@ -151,25 +152,22 @@ class Ours:
         alice, bob = self._managers
         client = self._client.new_engine(server_side=False, server_hostname=NAME)
         server = self._server.new_engine(server_side=True)
-        done = self._step(client, alice)
+        ours = self._step(client, alice)
         while True:
             server.receive_data(client.data_to_send())
-            self._step(server, bob)
-            if done:
+            theirs = self._step(server, bob)
+            if ours is not None:
                 break
             client.receive_data(server.data_to_send())
-            done = self._step(client, alice)
-        for engine in (client, server):
-            action = engine.next_action()
-            assert isinstance(action, Established)
-            assert action.info.path == path
+            ours = self._step(client, alice)
+        assert theirs is not None and theirs.path == ours.path == path
 
-    def _step(self, engine: Engine, manager: KeyManager) -> bool:
+    def _step(self, engine: Engine, manager: KeyManager) -> QKDInfo | None:
         action = engine.next_action()
         while isinstance(action, (FetchKeys, FetchKeysByID)):
             engine.keys(fetch_keys(action, manager))
             action = engine.next_action()
-        return isinstance(action, Established)
+        return action.info if isinstance(action, Established) else None
 
 
 def timed(handshake: Callable[[], None], number: int) -> float:
