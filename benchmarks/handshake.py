@@ -160,7 +160,8 @@ class Ours:
                 break
             client.receive_data(server.data_to_send())
             ours = self._step(client, alice)
-        assert theirs is not None and theirs.path == ours.path == path
+        assert theirs is not None
+        assert theirs.path == ours.path == path
 
     def _step(self, engine: Engine, manager: KeyManager) -> QKDInfo | None:
         action = engine.next_action()
