@@ -43,9 +43,11 @@ class KMSError(Exception):
         key_ids: the IDs of the keys concerned.
         status: the HTTP status code answered, if there was one.
         hint: what to do about it.
+        keys_may_be_lost: whether the KME may have taken the keys out of its store although none came here.
     """
 
     default_hint: ClassVar[str] = ""
+    default_keys_may_be_lost: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class KMSError(Exception):
         key_ids: Iterable[str] = (),
         status: int | None = None,
         hint: str = "",
+        keys_may_be_lost: bool | None = None,
     ) -> None:
         """Keep the parts; `str()` puts them together."""
         super().__init__(message)
@@ -65,6 +68,9 @@ class KMSError(Exception):
         self.key_ids = tuple(key_ids)
         self.status = status
         self.hint = hint or self.default_hint
+        self.keys_may_be_lost = (
+            self.default_keys_may_be_lost if keys_may_be_lost is None else keys_may_be_lost
+        )
 
     def __str__(self) -> str:
         """What happened, at which KME, for which peer and keys, and what to do."""
@@ -97,6 +103,7 @@ class KMSTimeout(KMSUnavailable):
     """The KMS did not answer in time; a key request may still have been carried out."""
 
     default_hint = "Check that the KME is not overloaded; any keys it delivered meanwhile are lost."
+    default_keys_may_be_lost = True
 
 
 class NoKeysLeft(KMSUnavailable):
@@ -133,6 +140,7 @@ class KMSProtocolError(KMSError):
     """The KMS answered something that is not an answer."""
 
     default_hint = "Check that the URL is that of a KME and which version of the interface it speaks."
+    default_keys_may_be_lost = True
 
 
 class KeyAlreadyUsed(KMSError):

@@ -157,7 +157,10 @@ class Etsi014Client:
         problem: KMSError | None = None
         if len(keys) < number:
             problem = NoKeysLeft(
-                f"{number} keys were asked for, {len(keys)} delivered", kms=self.name, peer=peer_sae_id
+                f"{number} keys were asked for, {len(keys)} delivered",
+                kms=self.name,
+                peer=peer_sae_id,
+                keys_may_be_lost=True,
             )
         elif len(keys) > number:
             problem = KMSProtocolError(
@@ -225,6 +228,7 @@ class Etsi014Client:
                 kms=self.name,
                 peer=peer_sae_id,
                 key_ids=[key_id for key_id in key_ids if key_id not in delivered],
+                keys_may_be_lost=True,
             )
         return ordered
 
@@ -319,7 +323,9 @@ def _refusal(call: str, status: int, text: str, *, kms: str, peer: str, key_ids:
             hint = "Check the peer's SAE ID, and the path in the KME's URL."
     elif status == 429 or status >= 500:
         kind, says = KMSUnavailable, f"the KME cannot serve: {text}" if text else "the KME cannot serve"
-    return kind(says, kms=kms, peer=peer, key_ids=key_ids, status=status, hint=hint)
+    # 500 and 502 do not say how far the KME came; the other refusals come instead of keys.
+    lost = True if status in (500, 502) else None
+    return kind(says, kms=kms, peer=peer, key_ids=key_ids, status=status, hint=hint, keys_may_be_lost=lost)
 
 
 def _zero(body: bytearray) -> None:

@@ -214,7 +214,10 @@ class HTTPSClient:
             )
         if caused_by(requests.ConnectTimeout):
             return KMSTimeout(
-                f"no connection within {connect:g} seconds", kms=self.url, hint=KMSUnavailable.default_hint
+                f"no connection within {connect:g} seconds",
+                kms=self.url,
+                hint=KMSUnavailable.default_hint,
+                keys_may_be_lost=False,
             )
         if caused_by(requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError):
             return KMSTimeout(f"no complete answer within {read:g} seconds", kms=self.url)
@@ -240,7 +243,10 @@ class HTTPSClient:
         if caused_by(requests.exceptions.InvalidURL, urllib3.exceptions.LocationParseError):
             return KMSUnavailable("the URL cannot be used", kms=self.url, hint="Correct the KME's URL.")
         return KMSUnavailable(
-            "the connection was lost before the answer was complete", kms=self.url, hint=_LOST_HINT
+            "the connection was lost before the answer was complete",
+            kms=self.url,
+            hint=_LOST_HINT,
+            keys_may_be_lost=True,
         )
 
 
