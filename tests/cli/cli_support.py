@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -76,6 +77,7 @@ class Site:
         with subprocess.Popen(
             [*PROGRAM, *arguments],
             env=self.variables(**changes),
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -96,6 +98,8 @@ class RunningServer:
     def record(self) -> dict[str, Any]:
         """The next line of JSON."""
         assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT)
+        assert ready, "the server says nothing"
         line = self.process.stdout.readline()
         assert line, "the server has ended"
         record: dict[str, Any] = json.loads(line)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import ECHO, TIMEOUT, Site, nobody, record, running_server, text
+from cli_support import ECHO, PROGRAM, TIMEOUT, Site, nobody, record, running_server, text
 
 from kms_client.emulator import RunningPair
 
@@ -160,6 +163,47 @@ def test_nothing_moves_for_too_long(client: Site, echo: str) -> None:
         assert process.stderr is not None
         assert process.wait(TIMEOUT) == 1
         assert process.stderr.read().startswith(b"error: nothing came or went for 0.3 seconds\nhint: ")
+
+
+def test_what_moves_one_way_only_is_not_idle(client: Site, server: Site) -> None:
+    with server.start("serve", "127.0.0.1:0", "--chat", "-q", "--json") as chat:
+        assert chat.stdout is not None
+        address = json.loads(chat.stdout.readline())["listening"].replace("127.0.0.1", "localhost")
+        with client.start("connect", address, "--idle", "1.5") as process:
+            assert process.stdin is not None
+            for _ in range(8):
+                process.stdin.write(ECHO)
+                process.stdin.flush()
+                time.sleep(0.3)
+            assert process.poll() is None
+
+
+def test_standard_input_that_cannot_be_read(client: Site, echo: str, tmp_path: Path) -> None:
+    unreadable = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    try:
+        result = subprocess.run(
+            [*PROGRAM, "connect", echo, "-q"],
+            stdin=unreadable,
+            env=client.variables(),
+            capture_output=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    finally:
+        os.close(unreadable)
+    assert result.returncode == 1
+    assert text(result).startswith("error: Bad file descriptor\n")
+
+
+def test_closed_standard_input_is_empty(client: Site, echo: str) -> None:
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *PROGRAM, "connect", echo, "-q"],
+        env=client.variables(),
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
 def test_without_the_kme_prefer_warns(client: Site, server: Site) -> None:

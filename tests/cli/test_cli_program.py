@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cli_support import Site, record, text
 
-from kms_client import KMSError
+from kms_client import KeyManager, KMSError, LocalKeyManager
 from qkd_tls import QKDUnavailable
 from qkd_tls.cli import main
 from qkd_tls.cli.failure import CommandError, ExitCode, explain_error
@@ -292,6 +292,35 @@ def test_what_nobody_watches_is_not_noted() -> None:
     with watch.of(Handshake(lines.append)):
         watch.step(Step("client", State.CLIENT_START, Event.NO_KEY_NEEDED, State.CLIENT_HELLO))
     assert [line.what for line in lines] == ["TLS"]
+
+
+def test_a_watched_key_manager_is_the_same_key_manager() -> None:
+    ours, theirs = LocalKeyManager.pair("SAE-A", "SAE-B")
+    watch = Watch()
+    manager = watch.manager(ours)
+    assert isinstance(manager, KeyManager)
+    assert (manager.protocol, manager.name, manager.sae_id) == (ours.protocol, ours.name, ours.sae_id)
+    assert manager.status("SAE-B") == ours.status("SAE-B")
+    [unwatched] = manager.get_keys("SAE-B")
+    lines: list[Line] = []
+    with watch.of(Handshake(lines.append)):
+        keys = watch.manager(theirs).get_keys_by_id("SAE-A", [unwatched.key_id])
+        keys += manager.get_keys("SAE-B", 2)
+        with pytest.raises(KMSError):
+            watch.manager(theirs).get_keys_by_id("SAE-A", ["none", "such"])
+    texts = [re.sub(r"\d+\.\d ms", "N ms", line.text) for line in lines]
+    assert texts[:4] == [
+        f"asking {theirs.name} for key {unwatched.key_id} shared with SAE-A",
+        f"answered after N ms: key {unwatched.key_id}",
+        f"asking {ours.name} for 2 keys shared with SAE-B",
+        f"answered after N ms: key {keys[1].key_id} and 1 more",
+    ]
+    assert texts[4] == f"asking {theirs.name} for 2 keys by their IDs shared with SAE-A"
+    assert texts[5].startswith("failed after N ms: ")
+    for key in keys:
+        with key.use() as secret:
+            assert secret.hex() not in str(lines)
+    manager.close()
 
 
 def test_printable() -> None:

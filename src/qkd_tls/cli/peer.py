@@ -22,6 +22,7 @@ from qkd_tls.socket import QKDSocket
 __all__ = ["add_connection_options", "connect", "relay", "shown_address"]
 
 _CHUNK: Final = 1 << 16
+_STDIN: Final = 0
 
 
 def add_connection_options(parser: ArgumentParser) -> None:
@@ -80,8 +81,9 @@ def relay(sock: QKDSocket, idle: float | None) -> None:
 
     def send() -> None:
         try:
-            # Not through Python's buffered file: its lock would be held at the program's end.
-            while data := os.read(0, _CHUNK):
+            # Not through Python's buffered file: its lock would be held at the program's end. Where standard input is
+            # closed, that number may be another file's.
+            while sys.stdin is not None and (data := os.read(_STDIN, _CHUNK)):
                 sock.sendall(data)
                 moved[0] = time.monotonic()
             sock.shutdown(socket.SHUT_WR)
