@@ -535,7 +535,7 @@ def _ascii_hostname(name: str | bytes | None) -> str | None:
         return None
     text = name.decode("ascii") if isinstance(name, bytes | bytearray) else name
     if not text or text.startswith("."):
-        raise ValueError("server_hostname cannot be an empty string or start with a leading dot.")
+        raise UnicodeError("server_hostname cannot be an empty string or start with a leading dot.")
     if "\0" in text:
         raise TypeError("server_hostname must not contain null characters")
     ascii_text = text if text.isascii() else text.encode("idna").decode("ascii")

@@ -140,7 +140,11 @@ class Credentials:
         try:
             TLSContext(TLSSettings(server_side=True, credentials=credentials))
         except ssl.SSLError as error:
-            raise ssl_error(ssl.SSLError, f"{error.args[1]}; the key may not be the certificate's") from None
+            raise ssl_error(
+                ssl.SSLError,
+                f"[SSL: {error.reason}] {error.args[1]}; the key may not be the certificate's",
+                error.reason,
+            ) from None
         return credentials
 
 
@@ -208,7 +212,10 @@ class TLSContext:
             if settings.credentials is not None:
                 self._set_credentials(settings.credentials)
         except (SSL.Error, crypto.Error) as error:
-            raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL refuses the setting: {_reason(error)}") from None
+            reason = _reason(error)
+            raise ssl_error(
+                ssl.SSLError, f"OpenSSL refuses the setting: {reason}", reason.upper().replace(" ", "_")
+            ) from None
         if settings.server_side:
             # A server that asks for client certificates takes no PSK without it; nothing is ever looked up by it.
             context.set_session_id(b"qkd-tls/1")
@@ -715,7 +722,8 @@ def _drain_error_queue() -> str:
 
 def _require(succeeded: bool) -> None:
     if not succeeded:
-        raise ssl_error(ssl.SSLError, f"OpenSSL failed: {_drain_error_queue() or 'no reason given'}")
+        reason = _drain_error_queue() or "no reason given"
+        raise ssl_error(ssl.SSLError, f"OpenSSL failed: {reason}", reason.upper().replace(" ", "_"))
 
 
 def _reason(error: Exception) -> str:
