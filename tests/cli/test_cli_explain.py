@@ -13,7 +13,7 @@ from cli_support import Site, record, running_server, text
 
 from qkd_tls.cli.failure import CommandError
 from qkd_tls.cli.picture import attacker_needs, draw, draw_svg
-from qkd_tls.cli.report import Report, secrets_of
+from qkd_tls.cli.report import Certificate, Report, secrets_of
 
 HYBRID: dict[str, Any] = {
     "protection": "hybrid",
@@ -209,6 +209,12 @@ def test_nothing_commands_the_terminal_or_leaves_its_element() -> None:
     assert "<script>" not in draw_svg(nasty)
     long = report(kms="https://" + 50 * "x", key_id=200 * "k")
     assert max(len(line) for line in draw(long) if "Key ID" not in line) <= 100
+
+
+def test_a_certificate_that_cannot_be_read() -> None:
+    certificate = Certificate.from_der(b"junk")
+    assert str(certificate).startswith("(cannot be read: ")
+    assert certificate.issuer is None
 
 
 def test_no_record_is_a_usage_error() -> None:

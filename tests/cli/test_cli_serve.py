@@ -9,6 +9,8 @@ import socket
 import pytest
 from cli_support import ECHO, TIMEOUT, Site, running_server, text
 
+from qkd_tls.cli import serve
+
 
 def test_steps_of_bootstrap_and_associated_connection(client: Site, server: Site) -> None:
     with server.start("serve", "127.0.0.1:0", "--accept", "2") as process:
@@ -166,6 +168,20 @@ def test_it_listens_where_it_is_told(client: Site, server: Site, listen: str) ->
         assert (
             f"accepted from {host if listen != '0' else '127.0.0.1'}:" in process.stderr.readline().decode()
         )
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_all_addresses(monkeypatch: pytest.MonkeyPatch, both: bool) -> None:
+    """Of IPv4 only, where the system has no sockets for both."""
+    if both and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: both)
+    with serve._listen("", 0) as listening:
+        assert listening.family == (socket.AF_INET6 if both else socket.AF_INET)
+        with socket.create_connection(("127.0.0.1", listening.getsockname()[1])) as sock:
+            accepted, _ = listening.accept()
+            accepted.close()
+            assert sock.recv(1) == b""
 
 
 def test_only_the_allowed_sae(client: Site, server: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
 from qkd_tls.stock_psk import StockPSK, export_psk
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 GROUPS = ("X25519MLKEM768", "X25519")
 
 
@@ -265,6 +267,48 @@ def test_openssl_s_client_connects_with_it(client: Site, classical_too: Any) -> 
     assert seen["qkd"]["kms_round_trips"] == 1
     assert seen["qkd"]["association"] == bootstrap["qkd"]["association"]
     assert any(step["what"] == "KME" and said["key_id"] in step["text"] for step in seen["steps"])
+
+
+NODE_CLIENT = """
+const tls = require('node:tls');
+const [port, servername, identity, psk] = process.argv.slice(1);
+const sock = tls.connect({
+  port, host: 'localhost', servername, minVersion: 'TLSv1.3', ciphers: 'TLS_AES_128_GCM_SHA256',
+  pskCallback: () => ({identity, psk: Buffer.from(psk, 'hex')}), checkServerIdentity: () => undefined,
+});
+sock.on('secureConnect', () => sock.write('GET / HTTP/1.0\\r\\n\\r\\n'));
+sock.on('data', data => process.stdout.write(data));
+"""
+
+
+def node() -> str:
+    candidates = [
+        os.environ.get("QKD_TLS_NODE"),
+        str(ROOT / "node_modules/node/bin/node"),
+        shutil.which("node"),
+    ]
+    for path in candidates:
+        if path and os.path.exists(path):
+            return path
+    pytest.skip("no Node.js: set QKD_TLS_NODE to its binary, or run `npm install node@26` in the repository")
+
+
+def test_node_connects_with_it(client: Site, classical_too: Any) -> None:
+    said = record(client.run("psk", classical_too.address, "--yes", "--json").stdout)
+    classical_too.record()
+    port = classical_too.address.rpartition(":")[2]
+    run = subprocess.run(
+        [node(), "-e", NODE_CLIENT, port, said["server_name"], said["identity"], said["psk"]],
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    seen = classical_too.record()
+    assert run.stdout.startswith(b"HTTP/1.1 200 OK\r\n"), run.stderr
+    assert seen["qkd"]["key_id"] == said["key_id"]
+    assert seen["qkd"]["path"] == "associated"
+    # Node.js 26 has ML-KEM, older ones have X25519 only.
+    assert seen["qkd"]["group"] in GROUPS
 
 
 def test_transcript(client: Site, echo: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import shlex
 import sys
 import time
@@ -117,15 +118,19 @@ def _openssl(arguments: Namespace, exported: StockPSK) -> str | None:
         return None
     target = peer.shown_address(arguments.target)
     command = ["openssl", "s_client", "-connect", target, "-tls1_3"]
-    # An IP address is no server name (RFC 6066 section 3), and was none in the bootstrap.
-    if (
-        exported.server_name is None
-        or exported.server_name.replace(".", "").isdigit()
-        or ":" in exported.server_name
-    ):
+    if exported.server_name is None or _is_address(exported.server_name):
         command.append("-noservername")
     else:
         command += ["-servername", exported.server_name]
     command += ["-groups", "X25519MLKEM768", "-ciphersuites", "TLS_AES_128_GCM_SHA256"]
     command += ["-psk_identity", exported.identity, "-psk", exported.secret.hex()]
     return shlex.join(command)
+
+
+def _is_address(name: str) -> bool:
+    """An IP address is no server name (RFC 6066 section 3), and was none in the bootstrap."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -34,8 +34,11 @@ class Certificate:
 
     @classmethod
     def from_der(cls, der: bytes) -> Self:
-        """Raises ValueError where it is none."""
-        certificate = x509.load_der_x509_certificate(der)
+        """OpenSSL takes some certificates that `cryptography` does not; the subject then says what is wrong."""
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+        except ValueError as error:
+            return cls(printable(f"(cannot be read: {error})"))
         return cls(
             printable(certificate.subject.rfc4514_string()) or "(no subject)",
             printable(certificate.issuer.rfc4514_string()),
