@@ -29,7 +29,6 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
-_SCRATCH: Final = 1 << 14
 
 
 class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
@@ -395,21 +394,21 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         # `close` ends here, once all files that `makefile` made are closed too.
         self._say_goodbye()
         with self._lock:
-            if self._tls is not None:
-                self._discard_what_has_come(self._tls)
             self._tls = None
             if self._engine is not None:
                 self._engine.abort()
                 self._engine = None
+        if self._connected:
+            self._discard_what_has_come()
         socket.socket._real_close(self)  # type: ignore[attr-defined]
 
-    def _discard_what_has_come(self, tls: TLSConnection) -> None:
-        # Closing with bytes unread resets the connection, and the peer might miss what was sent last. A client that
-        # only writes has not even read the server's tickets.
-        scratch = bytearray(_SCRATCH)
+    def _discard_what_has_come(self) -> None:
+        # Closing with bytes unread resets the connection, and the peer might miss what was sent last, an alert for
+        # instance. A client that only writes has not even read the server's tickets.
         with contextlib.suppress(OSError):
             for _ in range(4):
-                tls.read_into(scratch)
+                if not socket.socket.recv(self, _CHUNK):
+                    break
 
     def _say_goodbye(self) -> None:
         with self._lock:
