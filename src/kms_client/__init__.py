@@ -3,6 +3,7 @@
 Knows nothing of TLS connections between applications: that is `qkd_tls`.
 """
 
+from .breaker import BreakerState
 from .errors import (
     KeyAlreadyUsed,
     KMSAuthenticationError,
@@ -16,12 +17,16 @@ from .errors import (
     UnknownSAE,
 )
 from .etsi014 import Etsi014Client
+from .failover import FailoverKeyManager, MemberHealth
 from .keys import QKDKey, wipe_keys
 from .local import LocalKeyManager
 from .manager import KeyManager, KMSStatus
+from .pool import KeyPool, PoolStatistics
 
 __all__ = [
+    "BreakerState",
     "Etsi014Client",
+    "FailoverKeyManager",
     "KMSAuthenticationError",
     "KMSError",
     "KMSProtocolError",
@@ -31,8 +36,11 @@ __all__ = [
     "KMSUnavailable",
     "KeyAlreadyUsed",
     "KeyManager",
+    "KeyPool",
     "LocalKeyManager",
+    "MemberHealth",
     "NoKeysLeft",
+    "PoolStatistics",
     "QKDKey",
     "UnknownKey",
     "UnknownSAE",
