@@ -14,7 +14,7 @@ from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
 __all__ = ["check", "run"]
 
 
-def run(path: Path) -> int:
+def run(path: Path | str) -> int:
     """Serve the tunnels of a configuration file until SIGTERM or SIGINT; returns the exit code.
 
     0 after a drain, 2 where the file cannot be used; what is wrong is written to stderr, as is the log.
@@ -41,7 +41,7 @@ def run(path: Path) -> int:
         log.removeHandler(handler)
 
 
-def check(path: Path) -> None:
+def check(path: Path | str) -> None:
     """Check a configuration file and the certificates and keys that it names, without listening or connecting.
 
     Raises qkd_tls.config.ConfigError.

@@ -52,7 +52,8 @@ async def _connect_tcp(address: TCP) -> socket.socket:
             await loop.sock_connect(sock, target)
         except OSError as error:
             sock.close()
-            last = error
+            # asyncio's own text is another one.
+            last = OSError(error.errno, os.strerror(error.errno or 0))
         except BaseException:
             sock.close()
             raise

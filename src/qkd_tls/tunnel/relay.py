@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import ssl
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from typing import Final
 
 __all__ = ["BUFFER_SIZE", "End", "Relay", "reset"]
+
+_log: Final = logging.getLogger("qkd_tls.tunnel")
 
 BUFFER_SIZE: Final = 1 << 18
 """Bytes read at a time, and the most that a direction keeps while the other side does not take them."""
@@ -144,6 +147,10 @@ class _Pump:
             self._relay.wait(self, self.source if reading else self.sink, write=write)
         except OSError as error:
             self._relay.fail(self.source if reading else self.sink, error)
+        except Exception as error:  # noqa: BLE001
+            # A fault of this program's ends this connection, in the same way as any other cut.
+            _log.exception("a connection failed")
+            self._relay.abort("internal error", type(error).__name__)
         finally:
             if moved:
                 self.total += moved
@@ -239,9 +246,9 @@ class Relay:
             self._retired = reason
             self._up.end()
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, error: str | None = None) -> None:
         """Reset both sides."""
-        self._end(End(reason))
+        self._end(End(reason, error=error))
 
     # --- for the pumps
 
