@@ -118,6 +118,17 @@ class TestServerWithoutACertificate:
                 assert accepted.recv(100) == b"hello"
 
 
+@pytest.mark.parametrize(
+    ("value", "error"), [(ssl.OP_NO_TLSv1_3, ValueError), (2**100, OverflowError), ("abc", TypeError)]
+)
+def test_options_that_cannot_be(local: Lab, value: Any, error: type[Exception]) -> None:
+    context = local.client()
+    before = context.options
+    with pytest.raises(error):
+        context.options = value
+    assert context.options == before
+
+
 class TestPrivateKeys:
     def test_a_damaged_certificate(self, local: Lab, tmp_path: FilePath) -> None:
         damaged = tmp_path / "damaged.pem"
