@@ -186,7 +186,9 @@ class KeyPool:
         with self._lock:
             self._check_open()
             now = self._clock()
-            stock = self._stocks.get(peer_sae_id) or self._add(peer_sae_id)
+            stock = self._stocks.get(peer_sae_id)
+            if stock is None:
+                stock = self._add(peer_sae_id)
             keys = stock.take(number, now)
             if keys is not None:
                 if self._due(stock, now):
@@ -359,7 +361,7 @@ class KeyPool:
                 now = self._clock()
                 for peer, stock in list(self._stocks.items()):
                     stock.expire(now)
-                    if not (stock or stock.orders or stock.awake(now)):
+                    if not (len(stock) or stock.orders or stock.awake(now)):
                         del self._stocks[peer]
                 turn = self._turn(now)
                 if turn is not None:
@@ -380,10 +382,10 @@ class KeyPool:
             if stock.asks_status:
                 stock.max_request, stored = self._limits(peer)
             with self._lock:
-                wanted = self._wanted(stock, self._clock())
+                wanted = 0 if self._closed else self._wanted(stock, self._clock())
                 number = stock.request(wanted, stored, probe=self._breaker.failures > 0)
                 self._requests += number > 0
-            if number == 0:  # whoever waited is gone, and nobody else is waited for
+            if number == 0:  # whoever waited is gone
                 return
             asked = number
             keys = self._manager.get_keys(peer, number, self._size)

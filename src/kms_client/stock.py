@@ -175,11 +175,11 @@ class Stock:
 
     def wanted(self, now: float, *, ahead: bool) -> int:
         """How many keys are to be fetched: for the orders, and `ahead` of more up to the high mark."""
-        if len(self._keys) < self._marks.low:
-            self._filling = True
-        elif len(self._keys) >= self._marks.high:
-            self._filling = False
         number = sum(order.number for order in self.orders) - len(self._keys)
+        if -number < self._marks.low:
+            self._filling = True
+        elif -number >= self._marks.high:
+            self._filling = False
         if ahead and self._filling and self.awake(now) and not (self.error and is_permanent(self.error)):
             number += self._marks.high
         return max(0, number)

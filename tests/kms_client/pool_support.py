@@ -15,6 +15,7 @@ class Watched:
 
     Attributes:
         calls: (name of the call, peer, number of keys), in order.
+        fetched: IDs of the keys that `get_keys` gave, in order.
         at_once: most calls that were under way at the same time.
         failing: called before each call with its name; may raise.
     """
@@ -23,6 +24,7 @@ class Watched:
         self._manager = manager
         self.protocol, self.name, self.sae_id = manager.protocol, name or manager.name, manager.sae_id
         self.calls: list[tuple[str, str, int]] = []
+        self.fetched: list[str] = []
         self.at_once = self._under_way = 0
         self.closed = False
         self.failing: Callable[[str], None] = lambda _: None
@@ -39,7 +41,9 @@ class Watched:
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
         with self._noted("get_keys", peer_sae_id, number):
-            return self._manager.get_keys(peer_sae_id, number, size)
+            keys = self._manager.get_keys(peer_sae_id, number, size)
+            self.fetched += [key.key_id for key in keys]
+            return keys
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
         with self._noted("get_keys_by_id", peer_sae_id, len(key_ids)):

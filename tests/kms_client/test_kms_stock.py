@@ -125,7 +125,7 @@ class TestMarks:
         pool = stock(low=2, high=5)
         receive(pool, 5)
         order(pool, 7)
-        assert pool.wanted(0, ahead=True) == 2
+        assert pool.wanted(0, ahead=True) == 7
         assert pool.wanted(0, ahead=False) == 2
         pool = stock(low=2, high=5)
         order(pool, 7)
