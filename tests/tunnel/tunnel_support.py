@@ -176,7 +176,10 @@ class Process:
             text = self.audit_file.read_text()
             return [json.loads(line) for line in text.splitlines()] if text.endswith("\n") else []
 
-        return wait_until(lambda: (found := lines()) and len(found) >= number and found)
+        found: list[dict[str, Any]] = wait_until(
+            lambda: (found := lines()) and len(found) >= number and found
+        )
+        return found
 
     def __enter__(self) -> Self:
         return self

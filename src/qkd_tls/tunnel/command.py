@@ -19,6 +19,7 @@ def run(path: Path | str) -> int:
 
     0 after a drain, 2 where the file cannot be used; what is wrong is written to stderr, as is the log.
     """
+    path = Path(path)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log = logging.getLogger("qkd_tls.tunnel")
@@ -46,6 +47,7 @@ def check(path: Path | str) -> None:
 
     Raises qkd_tls.config.ConfigError.
     """
+    path = Path(path)
     _import_metrics(path)
     from qkd_tls.tunnel.contexts import Contexts
     from qkd_tls.tunnel.metrics import Metrics

@@ -110,7 +110,7 @@ def _service(table: Table) -> ServiceSettings:
     drain_timeout = table.take_seconds("drain_timeout", 30.0, zero=True)
     audit = table.take_text("audit", "stderr")
     health: TCP | Unix | None = None
-    if "health" in table:
+    if table.take_text("health", None) is not None:
         address = _address(table, "health")
         if isinstance(address, Activated) or (isinstance(address, TCP) and not address.is_loopback):
             raise table.error("health", "must be a loopback address or unix:PATH: it has no authentication")
