@@ -76,6 +76,7 @@ _SCRATCH_SIZE: Final = 1 << 15
 _ALERT_SPELLING: Final = re.compile("^(SSL/)?TLS_ALERT_")
 # openssl/err.h: set in the codes of errors that are the system's.
 _SYSTEM_ERROR: Final = 1 << 31
+_TRUNCATION: Final = "unexpected eof while reading"
 
 
 def _check_bindings() -> None:
@@ -299,6 +300,8 @@ class TLSConnection:
     """The last write ended for want of room: wait for it before the next."""
     _late_error: OSError | None = None
     _selected: Any = None
+    _truncated = False
+    """The transport has ended without the peer's close_notify."""
 
     def __init__(
         self,
@@ -569,11 +572,13 @@ class TLSConnection:
         if kind == _lib.SSL_ERROR_ZERO_RETURN:
             raise ssl_error(ssl.SSLZeroReturnError, "TLS/SSL connection has been closed (EOF)")
         reason = _drain_error_queue()
-        if kind == _lib.SSL_ERROR_SYSCALL and not reason:
-            if errno:
-                raise OSError(errno, os.strerror(errno))
-            raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
-        if reason == "unexpected eof while reading":
+        if kind == _lib.SSL_ERROR_SYSCALL and not reason and errno:
+            raise OSError(errno, os.strerror(errno))
+        # An end is told to whoever asks again, too: OpenSSL itself gives a reason only once.
+        if not reason and (kind == _lib.SSL_ERROR_SYSCALL or self._truncated):
+            reason = _TRUNCATION
+        if reason == _TRUNCATION:
+            self._truncated = True
             raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
         if reason == "certificate verify failed":
             raise self._verification_error()
