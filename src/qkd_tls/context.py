@@ -264,13 +264,11 @@ class QKDContext(ssl.SSLContext):
 
     @options.setter
     def options(self, value: int) -> None:
-        base: Any = super(QKDContext, QKDContext).options
-        before = self.options
-        # First, since it refuses what are no options at all.
-        base.__set__(self, value)
+        if value < 0:
+            raise OverflowError("options cannot be negative")
         if value & ssl.OP_NO_TLSv1_3:
-            base.__set__(self, before)
             raise ValueError("a hybrid connection is TLS 1.3: OP_NO_TLSv1_3 cannot be had")
+        super(QKDContext, QKDContext).options.__set__(self, value)  # type: ignore[attr-defined]
 
     def session_stats(self) -> dict[str, int]:
         """Handshakes of this context by the standard library's names; sessions are never resumed, so these are 0."""

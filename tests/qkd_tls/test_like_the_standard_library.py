@@ -119,7 +119,8 @@ class TestServerWithoutACertificate:
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(ssl.OP_NO_TLSv1_3, ValueError), (2**100, OverflowError), ("abc", TypeError)]
+    ("value", "error"),
+    [(ssl.OP_NO_TLSv1_3, ValueError), (-1, OverflowError), (2**100, OverflowError), ("abc", TypeError)],
 )
 def test_options_that_cannot_be(local: Lab, value: Any, error: type[Exception]) -> None:
     context = local.client()
