@@ -9,8 +9,9 @@ import ssl
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from kms_client import KMSError, QKDKey
 from qkd_tls.certificate import certificate_dict
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "KeyRequest", "KeysWanted", "NotThroughTheStandardLibrary"]
 
+_QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
+
 KeyRequest: TypeAlias = FetchKeys | FetchKeysByID
 """What an engine asks a KMS for."""
 
@@ -46,9 +49,18 @@ class KeysWanted(ssl.SSLWantReadError):
 
 
 class NotThroughTheStandardLibrary:
-    """Stands where the standard library's classes keep their TLS: a forgotten method fails, and sends nothing."""
+    """Stands where the standard library's classes keep their TLS: a forgotten method fails, and sends nothing.
 
-    def __getattr__(self, name: str) -> NoReturn:
+    What a connection is can be asked here too: httpcore does.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = weakref.ref(endpoint)
+
+    def __getattr__(self, name: str) -> Any:
+        endpoint = self._endpoint()
+        if name in _QUESTIONS and endpoint is not None:
+            return getattr(endpoint, name)
         raise NotImplementedError(
             f"this connection's TLS is not the standard library's: {name} is not implemented"
         )
@@ -77,7 +89,7 @@ class Endpoint:
         self.server_side, self.server_hostname = server_side, server_hostname
         self._engine = self._tls = self._info = self._peer_certificate = self._ask = None
         self._lock = threading.Lock()
-        self._sslobj = NotThroughTheStandardLibrary()
+        self._sslobj = NotThroughTheStandardLibrary(self)
 
     # --- handshake
 

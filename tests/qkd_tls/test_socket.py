@@ -106,6 +106,16 @@ class TestInterface:
         assert public - set(vars(QKDSocket)) - self.ABSENT == set()
         assert not hasattr(QKDSocket, "__getattr__")
 
+    def test_what_stands_for_the_standard_librarys_tls(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
+        """httpcore asks `_sslobj` for the protocol; what would move data is not there."""
+        client, _ = pair
+        inner: Any = client._sslobj  # type: ignore[attr-defined]
+        assert inner.selected_alpn_protocol() is None
+        assert inner.version() == "TLSv1.3"
+        assert inner.qkd is client.qkd
+        with pytest.raises(NotImplementedError, match="write is not implemented"):
+            inner.write(b"x")
+
     def test_plaintext_methods_refuse(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
         client, _ = pair
         calls: list[Callable[[], object]] = [
