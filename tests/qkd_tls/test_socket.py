@@ -109,7 +109,7 @@ class TestInterface:
     def test_what_stands_for_the_standard_librarys_tls(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
         """httpcore asks `_sslobj` for the protocol; what would move data is not there."""
         client, _ = pair
-        inner: Any = client._sslobj  # type: ignore[attr-defined]
+        inner: Any = client._sslobj
         assert inner.selected_alpn_protocol() is None
         assert inner.version() == "TLSv1.3"
         assert inner.qkd is client.qkd
