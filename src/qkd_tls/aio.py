@@ -87,7 +87,7 @@ def _ask_in_thread(
 def _fetch(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
     try:
         return fetch_keys(request, manager)
-    except Exception as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001
         # A fault of the key manager's must not leave the connection hanging; the traceback is for who maintains it.
         _log.exception("the key manager %s failed", manager.name)
         return KMSUnavailable(
@@ -104,7 +104,7 @@ class _Handshake:
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> None:
         self._loop, self._transport = loop, transport
         self._asked: KeyRequest | None = None
-        self._engine: Engine | None = None
+        self._connection: QKDObject | None = None
         self._adopted = False
         peer = transport.get_extra_info("peername")
         self.server_port: int | None = peer[1] if isinstance(peer, tuple) else None
@@ -114,7 +114,7 @@ class _Handshake:
         if self._adopted:
             return
         self._adopted, self.server_port = True, None
-        self._engine = engine
+        self._connection = connection
 
         def ask(request: KeyRequest) -> NoReturn:
             if request is not self._asked:
@@ -126,22 +126,37 @@ class _Handshake:
         # asyncio drops what a failed handshake still has to say.
         connection._farewell = self._transport.write  # type: ignore[attr-defined]
 
+    def give_up(self) -> None:
+        """The handshake will not go on: wipe what was to be used, and keys that are still to come."""
+        if self._connection is not None and self._connection._engine is not None:
+            self._connection._engine.abort()
+
     def _deliver(self, result: list[QKDKey] | KMSError) -> None:
-        engine, self._asked = self._engine, None
-        assert engine is not None
-        if self._transport.is_closing():
-            engine.abort()
-        engine.keys(result)
-        if not self._transport.is_closing():
+        self._asked = None
+        assert self._connection is not None and self._connection._engine is not None
+        closing = self._transport.is_closing()
+        if closing:
+            self.give_up()
+        self._connection._engine.keys(result)
+        if closing:
+            return
+        try:
             # No new bytes: asyncio's TLS goes on with the handshake.
             self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
+        except Exception as error:  # noqa: BLE001
+            # A warning made an error, an observer that fails: asyncio catches TLS errors only here, and would wait on.
+            self._transport._fatal_error(error, "the handshake failed")  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def _adopting(loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> Iterator[None]:
-    token = adopter.set(_Handshake(loop, transport))
+    keeper = _Handshake(loop, transport)
+    token = adopter.set(keeper)
     try:
         yield
+    except BaseException:
+        keeper.give_up()
+        raise
     finally:
         adopter.reset(token)
 
@@ -188,6 +203,8 @@ def _give(protocol: Any, data: bytes) -> None:
         return
     while data:
         buffer = memoryview(protocol.get_buffer(len(data)))
+        if not buffer:
+            raise RuntimeError("get_buffer() returned an empty buffer")
         size = min(len(buffer), len(data))
         buffer[:size] = data[:size]
         protocol.buffer_updated(size)
@@ -211,7 +228,11 @@ class _Incoming(_Gate):
     async def _upgrade(self, transport: Any) -> None:
         try:
             tls = await start_tls(transport, self, self._context, server_side=True, **self._timeouts)
-        except OSError as error:
+        except BaseException as error:
+            # asyncio leaves it open where it fails at once.
+            transport.close()
+            if not isinstance(error, OSError):
+                raise
             # There is nobody to raise it to. asyncio says no more than this in debug mode.
             _log.log(
                 logging.WARNING if isinstance(error, QKDError) else logging.DEBUG,
@@ -249,7 +270,9 @@ async def start_tls(
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
-    assert upgraded is not None
+    if upgraded is None:
+        # asyncio says nothing of a transport that was aborted meanwhile.
+        raise ConnectionAbortedError("the transport was closed during the handshake")
     return upgraded
 
 
@@ -273,14 +296,19 @@ async def create_connection(
             raise ValueError("You must set server_hostname when using ssl without a host")
         server_hostname = host
     raw, gate = await asyncio.get_running_loop().create_connection(_Gate, host, port, **tcp)
-    tls = await start_tls(
-        raw,
-        gate,
-        ssl,
-        server_hostname=server_hostname,
-        ssl_handshake_timeout=ssl_handshake_timeout,
-        ssl_shutdown_timeout=ssl_shutdown_timeout,
-    )
+    try:
+        tls = await start_tls(
+            raw,
+            gate,
+            ssl,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+    except BaseException:
+        # asyncio leaves it open where it fails at once.
+        raw.close()
+        raise
     try:
         protocol = protocol_factory()
         gate.open(tls, protocol)

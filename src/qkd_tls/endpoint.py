@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
 
 from kms_client import KMSError, QKDKey
 from qkd_tls.certificate import certificate_dict
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "KeyRequest", "KeysWanted", "NotThroughTheStandardLibrary"]
 
+_T = TypeVar("_T")
 _QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
 
 KeyRequest: TypeAlias = FetchKeys | FetchKeysByID
@@ -101,7 +102,7 @@ class Endpoint:
         raise NotImplementedError
 
     def _take_over(self, tls: TLSConnection) -> None:
-        """From now on it is application data that goes through TLS."""
+        """From now on it is application data that goes through TLS: set `_tls` in place of `_engine`."""
         raise NotImplementedError
 
     def _step(self, engine: Engine) -> None:
@@ -123,12 +124,11 @@ class Endpoint:
             engine.keys(fetch_keys(action, manager))
 
     def _establish(self, engine: Engine, info: QKDInfo) -> None:
-        tls = engine.connection
-        self._take_over(tls)
         self._peer_certificate = engine.peer_certificate
         if isinstance(engine, ServerEngine):
             self._offered_suites = engine.offered_suites
-        self._engine, self._tls, self._info = None, tls, info
+        self._take_over(engine.connection)
+        self._info = info
         self._context._count("accept_good" if self.server_side else "connect_good")
         self._warn(info)
 
@@ -148,6 +148,14 @@ class Endpoint:
             )
 
     # --- what the connection is
+
+    def _of_tls(self, question: Callable[[TLSConnection], _T]) -> _T | None:
+        tls = self._tls
+        if tls is None:
+            # Not locked: an `sni_callback` may ask in the middle of the handshake.
+            return None
+        with self._lock:
+            return question(tls)
 
     @property
     def context(self) -> QKDContext:
@@ -187,13 +195,13 @@ class Endpoint:
 
     def cipher(self) -> tuple[str, str, int] | None:
         """Name of the cipher suite, protocol version and secret bits."""
-        return self._tls.cipher if self._tls is not None else None
+        return self._of_tls(lambda tls: tls.cipher)
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
         """Server: the cipher suites that both sides have, in the client's order; None at the client."""
-        if self._tls is None or not self.server_side:
+        if not self.server_side:
             return None
-        return self._tls.shared_ciphers(self._offered_suites)
+        return self._of_tls(lambda tls: tls.shared_ciphers(self._offered_suites))
 
     def compression(self) -> None:
         """None: TLS 1.3 has no compression."""
@@ -215,9 +223,9 @@ class Endpoint:
         if self._info is None:
             raise ValueError("handshake not done yet")
         certificate = self._peer_certificate
-        if certificate is None and self._tls is not None:
+        if certificate is None:
             # It may have come after the handshake.
-            certificate = self._tls.peer_certificate
+            certificate = self._of_tls(lambda tls: tls.peer_certificate)
         if binary_form or certificate is None:
             return certificate
         return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
@@ -236,20 +244,21 @@ class Endpoint:
             raise ValueError(
                 f"{cb_type} channel binding type not implemented: TLS 1.3 has tls-exporter (RFC 9266)"
             )
-        return self._tls.export(b"EXPORTER-Channel-Binding", 32) if self._tls is not None else None
+        return self._of_tls(lambda tls: tls.export(b"EXPORTER-Channel-Binding", 32))
 
     def verify_client_post_handshake(self) -> None:
         """Server: ask the client for its certificate now (RFC 8446 4.6.2). It comes with what the client sends next."""
+        tls = self._tls
+        if tls is None:
+            raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")
+        if not self.server_side:
+            raise ssl_error(
+                ssl.SSLError,
+                "[SSL: NOT_SERVER] not server: only a server may ask for a certificate",
+                "NOT_SERVER",
+            )
         with self._lock:
-            if self._tls is None:
-                raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")
-            if not self.server_side:
-                raise ssl_error(
-                    ssl.SSLError,
-                    "[SSL: NOT_SERVER] not server: only a server may ask for a certificate",
-                    "NOT_SERVER",
-                )
-            self._tls.verify_client_post_handshake()
+            tls.verify_client_post_handshake()
 
 
 def _outside() -> int:

@@ -186,6 +186,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
                 self._timeout = saved
 
     def _shake_hands(self, deadline: float | None) -> None:
+        # Kept here, for another thread may close the socket meanwhile.
+        engine = self._engine
         try:
             while self._info is None or self._unsent:
                 try:
@@ -201,17 +203,18 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except BaseException:
-            if self._engine is not None:
-                self._engine.abort()
-                self._unsent += self._engine.data_to_send()
+            if engine is not None and self._info is None:
+                engine.abort()
+                self._unsent += engine.data_to_send()
                 # The peer should learn why, if it still listens.
                 with contextlib.suppress(OSError):
                     self._flush()
             raise
 
     def _handshake_step(self) -> None:
-        if self._engine is not None:
-            self._step(self._engine)
+        engine = self._engine
+        if engine is not None:
+            self._step(engine)
         elif self._tls is None:
             raise OSError(9, "Bad file descriptor: the connection has been closed")
         else:
@@ -246,7 +249,12 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         except OSError as error:
             self._late_error = error
         self._unsent += tls.take()
-        tls.attach(self.fileno())
+        with self._lock:
+            if self._engine is None:
+                # Closed by another thread: its file descriptor may be somebody else's by now.
+                raise OSError(9, "Bad file descriptor: the connection has been closed")
+            tls.attach(self.fileno())
+            self._engine, self._tls = None, tls
 
     def _check_open(self, what: str) -> None:
         if self._engine is None and self._tls is None:
@@ -298,8 +306,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         if not len(target):
             return 0
         self._ready()
-        if self._decrypted:
-            return self._take_decrypted(target)
+        if self._decrypted and (size := self._take_decrypted(target)):
+            return size
         try:
             if self._late_error is not None:
                 error, self._late_error = self._late_error, None
@@ -317,16 +325,15 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             raise
 
     def _take_decrypted(self, target: memoryview) -> int:
-        size = min(len(target), len(self._decrypted))
-        target[:size] = self._decrypted[:size]
-        del self._decrypted[:size]
+        with self._lock:
+            size = min(len(target), len(self._decrypted))
+            target[:size] = self._decrypted[:size]
+            del self._decrypted[:size]
         return size
 
     def pending(self) -> int:
         """Bytes that can be read without waiting for the peer."""
-        if self._tls is None:
-            return 0
-        return len(self._decrypted) + self._tls.pending
+        return len(self._decrypted) + (self._of_tls(lambda tls: tls.pending) or 0)
 
     # --- writing
 
@@ -386,21 +393,24 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def detach(self) -> int:
         """Give away the file descriptor without a word to the peer."""
-        with self._lock:
-            self._tls = self._engine = None
+        self._forget()
         return socket.socket.detach(self)
 
     def _real_close(self) -> None:
         # `close` ends here, once all files that `makefile` made are closed too.
         self._say_goodbye()
-        with self._lock:
-            self._tls = None
-            if self._engine is not None:
-                self._engine.abort()
-                self._engine = None
+        self._forget()
         if self._connected:
             self._discard_what_has_come()
         socket.socket._real_close(self)  # type: ignore[attr-defined]
+
+    def _forget(self) -> None:
+        with self._lock:
+            engine, self._engine, self._tls = self._engine, None, None
+        # Where another thread is shaking hands, it finds out at its next step and gives up by itself.
+        if engine is not None and self._handshaking.acquire(blocking=False):
+            engine.abort()
+            self._handshaking.release()
 
     def _discard_what_has_come(self) -> None:
         # Closing with bytes unread resets the connection, and the peer might miss what was sent last, an alert for

@@ -45,8 +45,8 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
     server_hostname: str | None = None
     _incoming: ssl.MemoryBIO
     _outgoing: ssl.MemoryBIO
-    _farewell: Callable[[bytes], object]
-    """Takes the last ciphertext of a handshake that has failed."""
+    _farewell: Callable[[bytes], object] | None = None
+    """Takes the last ciphertext of a handshake that has failed, where the caller would not fetch it."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("QKDObject has no public constructor: use QKDContext.wrap_bio")
@@ -66,7 +66,6 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         self = cls.__new__(cls)
         self._initialise(context, server_side=server_side, server_hostname=server_hostname)
         self._incoming, self._outgoing = incoming, outgoing
-        self._farewell = outgoing.write
         keeper = adopter.get()
         engine = context.new_engine(
             server_side=server_side,
@@ -92,11 +91,12 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
             except ssl.SSLWantReadError:
                 raise
             except BaseException:
-                assert self._engine is not None
-                self._engine.abort()
-                # The peer should learn why.
-                if last_words := self._engine.data_to_send():
-                    self._farewell(last_words)
+                if self._engine is not None:
+                    self._engine.abort()
+                    # The peer should learn why.
+                    self._send_ciphertext(self._engine.data_to_send())
+                    if self._farewell is not None:
+                        self._farewell(self._outgoing.read())
                 raise
 
     def _send_ciphertext(self, data: bytes) -> None:
@@ -111,6 +111,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
 
     def _take_over(self, tls: TLSConnection) -> None:
         self._send_ciphertext(tls.take())
+        self._engine, self._tls = None, tls
 
     # --- data: the one place where TLS is called
 
@@ -165,7 +166,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
 
     def pending(self) -> int:
         """Bytes that are already decrypted."""
-        return self._tls.pending if self._tls is not None else 0
+        return self._of_tls(lambda tls: tls.pending) or 0
 
     def unwrap(self) -> None:
         """Send close_notify. Raises SSLWantReadError until the peer's has come too."""
