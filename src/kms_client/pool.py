@@ -26,6 +26,7 @@ __all__ = ["KeyPool", "PoolStatistics"]
 
 _log = logging.getLogger("kms_client.pool")
 
+_CLOSE_TIMEOUT = 10.0  # seconds that close() waits for a request under way
 _MAX_REMEMBERED = 10_000  # IDs of fetched keys, to notice one that comes a second time
 
 
@@ -222,7 +223,7 @@ class KeyPool:
     def close(self) -> None:
         """Wipe every key, turn callers away, end the thread, close the manager.
 
-        Waits for a request under way, `timeout` seconds at most; its keys are wiped when they come.
+        Waits for a request under way, ten seconds at most; its keys are wiped when they come.
         """
         with self._lock:
             self._closed = True
@@ -233,7 +234,7 @@ class KeyPool:
             self._news.notify()
             thread = self._thread
         if thread is not None:
-            thread.join(self._timeout)
+            thread.join(_CLOSE_TIMEOUT)
         self._manager.close()
 
     def __repr__(self) -> str:
@@ -335,10 +336,10 @@ class KeyPool:
     def _run(self) -> None:
         while True:
             try:
-                peer = self._wait_for_work()
-                if peer is None:
+                work = self._wait_for_work()
+                if work is None:
                     return
-                self._fetch(peer)
+                self._fetch(*work)
             except Exception as error:  # noqa: BLE001 - nothing may end this thread while callers wait for it
                 # Not the error's text, which might hold a key.
                 frames = "".join(traceback.format_tb(error.__traceback__))
@@ -354,8 +355,8 @@ class KeyPool:
                     self._failed(None, failure)
                     self._news.wait(self._backoff[0])
 
-    def _wait_for_work(self) -> str | None:
-        """The peer whose turn it is; None when the pool is closed."""
+    def _wait_for_work(self) -> tuple[str, Stock] | None:
+        """The peer whose turn it is, and what is kept for it; None when the pool is closed."""
         with self._lock:
             while not self._closed:
                 now = self._clock()
@@ -366,16 +367,12 @@ class KeyPool:
                 turn = self._turn(now)
                 if turn is not None:
                     self._stocks.move_to_end(turn)
-                    return turn
+                    return turn, self._stocks[turn]
                 self._news.wait(self._pause(now))
         return None
 
-    def _fetch(self, peer: str) -> None:
+    def _fetch(self, peer: str, stock: Stock) -> None:
         """Ask the KME for keys of one peer, first for its status where that is needed."""
-        with self._lock:
-            stock = self._stocks.get(peer)
-        if stock is None:  # closed meanwhile
-            return
         asked = 0
         try:
             stored = None

@@ -27,7 +27,7 @@ class Watched:
         self.fetched: list[str] = []
         self.at_once = self._under_way = 0
         self.closed = False
-        self.failing: Callable[[str], None] = lambda _: None
+        self.failing: Callable[[str], object] = lambda _: None
         self._lock = threading.Lock()
 
     @property

@@ -101,11 +101,15 @@ class TestWarm:
         assert pool.statistics.pooled == 0
         slave.close()
 
-    def test_more_keys_than_the_kme_gives_at_once(self, kmes: RunningPair) -> None:
+    def test_more_keys_than_the_kme_gives_at_once(
+        self, kmes: RunningPair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("kms_client.pool._MAX_REMEMBERED", 8)
         slave = kmes.client("b")
         with pooled(kmes.client("a"), low_water=1, high_water=1) as (pool, watched):
             agree(pool.get_keys("SAE-B", 45), slave, "SAE-A")
             assert watched.numbers[:3] == [20, 20, 6]
+            assert len(pool._remembered) == 8
         slave.close()
 
     def test_what_is_not_pooled_goes_to_the_manager(self, kmes: RunningPair) -> None:
@@ -227,6 +231,16 @@ class TestFewKeys:
             assert pool.statistics.possibly_lost == 0
             assert pool.statistics.breaker is BreakerState.CLOSED  # the KME is well
             assert len(watched.calls) <= 24
+
+    def test_the_deadline_while_the_kme_takes_its_time(self, kmes: RunningPair) -> None:
+        kmes.faults("a").delay = 1
+        with (
+            pooled(kmes.client("a"), timeout=0.3) as (pool, _),
+            pytest.raises(
+                KMSTimeout, match=r"waited 0\.3\d* seconds for 2 keys: the KME has not delivered enough"
+            ),
+        ):
+            pool.get_keys("SAE-B", 2)
 
     def test_a_deadline_before_the_next_request(self, directory: Path) -> None:
         with (
