@@ -101,7 +101,7 @@ class _Pump:
     def end(self) -> None:
         """Read no more; pass on what has been read, and then an end."""
         self._ended = True
-        if not self.done and not self._rest:
+        if not self.done and not self._rest and not self._scheduled:
             self._flush()
 
     def event(self) -> None:
@@ -115,6 +115,14 @@ class _Pump:
             self._run()
 
     def _run(self) -> None:
+        try:
+            self._move()
+        except Exception as error:  # noqa: BLE001
+            # A fault of this program's ends this connection, in the same way as any other cut.
+            _log.exception("a connection failed")
+            self._relay.abort("internal error", type(error).__name__)
+
+    def _move(self) -> None:
         moved = 0
         reading = False
         try:
@@ -147,10 +155,6 @@ class _Pump:
             self._relay.wait(self, self.source if reading else self.sink, write=write)
         except OSError as error:
             self._relay.fail(self.source if reading else self.sink, error)
-        except Exception as error:  # noqa: BLE001
-            # A fault of this program's ends this connection, in the same way as any other cut.
-            _log.exception("a connection failed")
-            self._relay.abort("internal error", type(error).__name__)
         finally:
             if moved:
                 self.total += moved
