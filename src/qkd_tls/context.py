@@ -9,13 +9,13 @@ ever runs on it.
 from __future__ import annotations
 
 import binascii
+import itertools
 import operator
 import os
 import re
 import ssl
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from socket import socket as Socket
@@ -46,6 +46,8 @@ _PEM: Final = re.compile(
 )
 # OpenSSL's buffer for it (PEM_BUFSIZE).
 _LONGEST_PASSWORD: Final = 1024
+# Of all contexts: each number stands for one change.
+_changes: Final = itertools.count()
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
 
@@ -77,6 +79,7 @@ class QKDContext(ssl.SSLContext):
             raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
         return super().__new__(cls, protocol)
 
+    _changes: int
     sslsocket_class: type[QKDSocket] = QKDSocket
     sslobject_class: type[QKDObject] = QKDObject
 
@@ -121,6 +124,7 @@ class QKDContext(ssl.SSLContext):
         self._associations = AssociationStore()
         self._lock = threading.Lock()
         self._config: EngineConfig | None = None
+        self._changes_seen = -1
         self._config_state: tuple[object, ...] = ()
         # Dictionaries keep the order and drop duplicates: programs load the same file for each connection.
         self._trusted: dict[bytes, None] = {}
@@ -129,7 +133,7 @@ class QKDContext(ssl.SSLContext):
         self._alpn: tuple[str, ...] = ()
         self.observer: Callable[[Step], object] | None = None
         """Called with each step of each handshake, in the thread that shakes hands; None for nobody."""
-        self._handshakes: Counter[str] = Counter()
+        self._handshakes = dict.fromkeys(super().session_stats(), 0)
         # A spelling mistake in a group shall not wait for the first connection.
         self._engine_config()
 
@@ -142,6 +146,14 @@ class QKDContext(ssl.SSLContext):
     def key_manager(self) -> KeyManager | None:
         """This side's KMS."""
         return self._key_manager
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        """Whatever it was, the next connection looks whether the settings are still those it knows."""
+        self.__dict__["_changes"] = next(_changes)
 
     # --- trust and credentials
 
@@ -167,6 +179,7 @@ class QKDContext(ssl.SSLContext):
             self._trust_pem(cadata)
         elif cadata is not None:
             self._trusted.update(dict.fromkeys(_split_der(bytes(cadata))))
+        self._note_change()
 
     def _trust_pem(self, text: str) -> None:
         for match in _PEM.finditer(text):
@@ -273,7 +286,7 @@ class QKDContext(ssl.SSLContext):
     def session_stats(self) -> dict[str, int]:
         """Handshakes of this context by the standard library's names; sessions are never resumed, so these are 0."""
         with self._lock:
-            return {name: self._handshakes[name] for name in super().session_stats()}
+            return dict(self._handshakes)
 
     def get_ciphers(self) -> list[Any]:
         """The TLS 1.3 cipher suites; `set_ciphers` acts on older versions only, as in the standard library."""
@@ -434,6 +447,16 @@ class QKDContext(ssl.SSLContext):
 
     def _engine_config(self) -> EngineConfig:
         """What all connections share, made anew after a change of the settings."""
+        changes = self._changes
+        if self._config is None or changes != self._changes_seen:
+            with self._lock:
+                config = self._current_config()
+                self.__dict__["_changes_seen"] = changes
+                return config
+        return self._config
+
+    def _current_config(self) -> EngineConfig:
+        # Many programs set what is set already, for each connection: that is no change.
         # Plain numbers: ssl.SSLContext makes enums of them each time.
         base: Any = super(ssl.SSLContext, self)
         # The two collections only grow: their sizes tell whether they have changed.
@@ -451,10 +474,12 @@ class QKDContext(ssl.SSLContext):
             self.observer,
             self._alpn,
         )
-        with self._lock:
-            if self._config is None or state != self._config_state:
-                self._config, self._config_state = self._new_config(), state
-            return self._config
+        config = self._config
+        if config is None or state != self._config_state:
+            config = self._new_config()
+            # Not by assignment, which would be a change.
+            self.__dict__.update(_config=config, _config_state=state)
+        return config
 
     def _new_config(self) -> EngineConfig:
         settings = TLSSettings(
