@@ -245,9 +245,12 @@ class TestCuts:
                     lines = [process.audit()[0] for process in (client, server)]
                     assert [line["clean"] for line in lines] == [False, False]
                     # OpenSSL tells its peer by an alert, which may be there before the cut.
-                    assert {(line["ended"], line["error"]) for line in lines} - {
-                        ("tls", "hybrid side: [SSL: SSLV3_ALERT_DECODE_ERROR] ssl/tls alert decode error")
-                    } == {("truncated", "hybrid side: TLS ended without close_notify")}
+                    ends = {(line["ended"], line["error"]) for line in lines}
+                    truncated = ("truncated", "hybrid side: TLS ended without close_notify")
+                    assert truncated in ends
+                    for reason, error in ends - {truncated}:
+                        assert reason == "tls"
+                        assert "alert decode error" in error
 
     def test_a_reset_is_passed_on(self, sites: Sites, tmp_path: Path) -> None:
         with Backend() as backend, both_tunnels(sites, tmp_path, backend.address) as (client, server):
