@@ -93,6 +93,7 @@ class FailoverKeyManager:
         members: the KMEs of this site, the preferred one first; closed with this manager. All know this program by the
             same SAE ID, and no two have the same name.
         peers: for a member's name, the SAE IDs that it has a link to; a member that is not named may have links to all.
+        size: of a key in bits where `get_keys` is not told; None for each member's own.
         protocol: name of the interface on the wire between peers. Needed where members speak several: to give it is to
             declare that all members deliver the same keys under the same IDs, whatever they speak.
         threshold: failures in a row after which a member is left alone for a while.
@@ -118,6 +119,7 @@ class FailoverKeyManager:
         members: Sequence[KeyManager],
         *,
         peers: Mapping[str, Collection[str]] | None = None,
+        size: int | None = 256,
         protocol: str | None = None,
         threshold: int = 3,
         min_backoff: float = 0.2,
@@ -126,6 +128,7 @@ class FailoverKeyManager:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        check_number_and_size(1, size)
         peers = peers or {}
         names = [member.name for member in members]
         if not members or len(set(names)) < len(names):
@@ -142,6 +145,7 @@ class FailoverKeyManager:
         self.protocol = protocol or members[0].protocol
         self.name = ", ".join(names)
         self.sae_id = members[0].sae_id
+        self._size = size
         self._clock = clock
         self._max_records = max_records
         self._members = [
@@ -174,13 +178,14 @@ class FailoverKeyManager:
                 return status
         raise attempt.failure()
 
-    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
+    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
         """New keys from the first member that delivers them; all of them from the same.
 
         Raises:
             KMSError: of the kind that leaves most hope; the text has what each member said.
             ValueError: `number` or `size` is impossible.
         """
+        size = self._size if size is None else size
         check_number_and_size(number, size)
         attempt = _Attempt(self, peer_sae_id, "keys", number)
         for member in self._in_order(peer_sae_id):

@@ -105,6 +105,7 @@ class TestGetKeys:
         assert repr(a.both) == f"<FailoverKeyManager {a.both.name}>"
         assert a.both.status("SAE-B").source_kme_id == "KME-A"
         keys = a.both.get_keys("SAE-B", 3)
+        assert [key.size for key in a.both.get_keys("SAE-B", 1, 512)] == [512]
         assert (
             {key.kms for key in keys} == {a.both.served_by(key.key_id) for key in keys} == {links.first.url_a}
         )
@@ -114,7 +115,7 @@ class TestGetKeys:
         assert a.second.calls == b.second.calls == []
         first, second = a.both.health
         assert (first.name, first.breaker, first.served, first.failures) == (
-            links.first.url_a, BreakerState.CLOSED, 3, 0
+            links.first.url_a, BreakerState.CLOSED, 4, 0
         )  # fmt: skip
         assert (second.served, second.last_error) == (0, "")
 
@@ -336,6 +337,8 @@ class TestMembers:
             FailoverKeyManager([a, Watched(a)])
         with pytest.raises(ValueError, match=r"one SAE ID, not \['A', 'B'\]"):
             FailoverKeyManager([a, b])
+        with pytest.raises(ValueError, match="multiple of 8"):
+            FailoverKeyManager([a], size=12)
         with pytest.raises(ValueError, match="peers names no members: nobody"):
             FailoverKeyManager([a, other], peers={"nobody": ["B"]})
         other.protocol = "etsi-014"

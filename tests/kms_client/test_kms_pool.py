@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -95,8 +96,8 @@ class TestWarm:
             assert pool.statistics.pooled == 4  # which is not below the low mark
             agree(pool.get_keys("SAE-B"), slave, "SAE-A")
             until(lambda: pool.statistics.pooled == 50)
-            statistics = pool.statistics
-            assert (statistics.fetched, statistics.delivered, statistics.requests) == (97, 47, 6)
+            counts = pool.statistics
+            assert (counts.fetched, counts.delivered, counts.requests) == (97, 47, 6)
             assert repr(pool) == f"<KeyPool {kmes.url_a} 50 keys>"
         assert pool.statistics.pooled == 0
         slave.close()
@@ -146,6 +147,19 @@ class TestWarm:
             agree(got[start : start + 100], slave, "SAE-A")
         slave.close()
 
+    def test_a_key_out_of_a_warm_pool_takes_no_time(self, kmes: RunningPair) -> None:
+        """What it takes is measured by benchmarks/key_pool.py."""
+        with pooled(kmes.client("a"), low_water=20, high_water=80, peers=["SAE-B"]) as (pool, _):
+            kmes.faults("a").delay = 0.02
+            until(lambda: pool.statistics.pooled == 80)
+            times = []
+            for _ in range(200):
+                begin = time.perf_counter()
+                pool.get_keys("SAE-B")
+                times.append(time.perf_counter() - begin)
+                time.sleep(0.001)
+            assert statistics.median(times) < 0.002
+
     def test_arguments(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
         for wrong in ({"low_water": 0}, {"low_water": 5, "high_water": 4}, {"max_age": 0}, {"timeout": -1},
@@ -163,8 +177,8 @@ class TestAge:
             until(lambda: all(key.used for key in old))
             until(lambda: pool.statistics.expired >= 12)
             agree(pool.get_keys("B"), b, "A")
-            statistics = pool.statistics
-            assert statistics.fetched == statistics.delivered + statistics.expired + statistics.pooled
+            counts = pool.statistics
+            assert counts.fetched == counts.delivered + counts.expired + counts.pooled
 
     def test_nothing_is_fetched_for_a_peer_that_nobody_asks_for(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
@@ -324,9 +338,8 @@ class TestTrouble:
             pair.start_kme("a")
             for call in waiting:
                 agree(call.join().keys or [], slave, "SAE-A")
-            statistics = pool.statistics
-            assert statistics.breaker is BreakerState.CLOSED
-            assert statistics.possibly_lost == 0
+            assert pool.statistics.breaker is BreakerState.CLOSED
+            assert pool.statistics.possibly_lost == 0
             slave.close()
 
     def test_a_kme_that_hangs(self, directory: Path) -> None:
