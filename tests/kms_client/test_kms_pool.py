@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import signal
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import pytest
 from kms_support import ScriptedKME, client_of, container, http, spellings
 from pool_support import Call, Watched, agree, until
 
+import kms_client
 from kms_client import (
     BreakerState,
     KeyManager,
@@ -620,3 +623,28 @@ def test_no_key_is_logged(kmes: RunningPair, caplog: pytest.LogCaptureFixture) -
     for key in keys:
         with key.use() as secret:
             assert not any(spelling in text for spelling in spellings(bytes(secret)))
+
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "howto-key-pool.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_lists_the_settings_as_they_are() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", GUIDE, re.MULTILINE)
+    told = {
+        name: value
+        for names, values in rows
+        for name, value in zip(re.findall(r"\w+", names), values.split(", "), strict=False)
+    }
+    parameters = inspect.signature(KeyPool).parameters
+    for name, value in told.items():
+        if name in parameters:
+            default = parameters[name].default
+            assert value == ("none" if default == () else f"{default:g}" + " s" * isinstance(default, float))
+    assert set(parameters) - set(told) == {"manager", "clock", "jitter"}
+
+
+def test_code_of_the_guide_compiles() -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
+        compile(block, "howto-key-pool.md", "exec")
+    for name in re.findall(r"import Etsi014Client, (.+)", GUIDE)[0].split(", "):
+        assert hasattr(kms_client, name)
