@@ -48,6 +48,7 @@ _PEM: Final = re.compile(
 _LONGEST_PASSWORD: Final = 1024
 # Of all contexts: each number stands for one change.
 _changes: Final = itertools.count()
+_LARGEST_ALERT: Final = 255
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
 
@@ -414,6 +415,10 @@ class QKDContext(ssl.SSLContext):
             cause, answer = error, ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
         chosen = connection.context
         if answer is None and chosen._credentials is not None:
+            if chosen is not self:
+                # Counted where it is served, as OpenSSL does.
+                self._count("accept", -1)
+                chosen._count("accept")
             engine.choose(chosen._engine_config())
             return
         if answer is None:
@@ -426,7 +431,9 @@ class QKDContext(ssl.SSLContext):
             return
         try:
             description = operator.index(answer)
-        except TypeError as error:
+            if not 0 <= description <= _LARGEST_ALERT:
+                raise ValueError(f"no alert has the number {description}")
+        except (TypeError, ValueError) as error:
             cause, description = error, ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
         refusal = ssl_error(
             ssl.SSLError,
@@ -437,9 +444,9 @@ class QKDContext(ssl.SSLContext):
         refusal.__cause__ = cause
         engine.refuse(description, refusal)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, number: int = 1) -> None:
         with self._lock:
-            self._handshakes[what] += 1
+            self._handshakes[what] += number
 
     def forget_associations(self) -> None:
         """Wipe all association secrets and announced keys: the next connections are bootstraps."""

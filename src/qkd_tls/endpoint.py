@@ -92,6 +92,10 @@ class Endpoint:
         self._lock = threading.Lock()
         self._sslobj = NotThroughTheStandardLibrary(self)
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: two objects cannot share one TLS connection."""
+        raise TypeError(f"cannot pickle or copy {type(self).__name__!r} object")
+
     # --- handshake
 
     def _send_ciphertext(self, data: bytes) -> None:
