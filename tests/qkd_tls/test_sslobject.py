@@ -7,11 +7,12 @@ import contextlib
 import ssl
 import threading
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import object_support
 import pytest
+from object_support import Side, carry, shake_hands, sides
 from socket_support import TIMEOUT, Lab, wait_until
 
 from kms_client import KMSUnavailable, LocalKeyManager, QKDKey
@@ -25,47 +26,6 @@ from qkd_tls import (
 )
 from qkd_tls.endpoint import KeysWanted
 from qkd_tls.sslobject import QKDObject
-
-
-class Side:
-    """An object with its two memories."""
-
-    def __init__(self, context: ssl.SSLContext, **wrap: Any) -> None:
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls: Any = context.wrap_bio(self.incoming, self.outgoing, **wrap)
-
-    def do(self, call: Callable[[Any], Any], other: Side) -> Any:
-        """Repeat a call until it goes through, carrying bytes in between."""
-        for _ in range(100):
-            try:
-                return call(self.tls)
-            except ssl.SSLWantReadError:
-                carry(self, other)
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    other.tls.do_handshake()
-                carry(other, self)
-        raise AssertionError("the two wait for each other")
-
-
-def carry(sender: Side, receiver: Side) -> int:
-    return receiver.incoming.write(sender.outgoing.read())
-
-
-def sides(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[Side, Side]:
-    return Side(client, server_hostname="localhost"), Side(server, server_side=True)
-
-
-def shake_hands(client: Side, server: Side) -> None:
-    unfinished = [(client, server), (server, client)]
-    for _ in range(100):
-        for one, other in list(unfinished):
-            with contextlib.suppress(ssl.SSLWantReadError):
-                one.tls.do_handshake()
-                unfinished.remove((one, other))
-            carry(one, other)
-        if not unfinished:
-            return
-    raise AssertionError("the handshake hangs")
 
 
 @pytest.fixture
@@ -389,7 +349,7 @@ class TestHandshake:
             warnings.simplefilter("always")
             shake_hands(client, server)
         assert {one.category for one in caught} == {QKDFallbackWarning}
-        assert {one.filename for one in caught} == {__file__}
+        assert {one.filename for one in caught} == {object_support.__file__}
         assert client.tls.qkd.protection is Protection.PQ_ONLY
         client, server = sides(
             local.client(key_manager=closed, policy="prefer"), local.server(policy="prefer")
