@@ -161,6 +161,32 @@ def test_retiring_twice_and_while_bytes_are_on_their_way() -> None:
     assert end == End("max_age", clean=True)
 
 
+def test_a_slow_reader_is_not_idle() -> None:
+    """What is kept for it goes on bit by bit, though nothing is read meanwhile."""
+
+    async def scenario() -> None:
+        app, plain, far, hybrid = socket_pairs()
+        hybrid.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+        relay = Relay(plain, hybrid, to_hybrid=int, to_plain=int)
+        app.sendall(bytes(1 << 19))
+        relay.start()
+        loop = asyncio.get_running_loop()
+        seen = set()
+        async with asyncio.timeout(TIMEOUT):
+            while len(seen) < 10:
+                assert relay.busy
+                await loop.run_in_executor(None, far.recv, 1 << 12)
+                seen.add((relay.to_hybrid, relay.last_byte))
+        # More often than anything was read.
+        assert len({when for _, when in seen}) > len({size for size, _ in seen})
+        relay.abort("over")
+        for sock in (app, far):
+            sock.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_fault_while_setting_up_ends_one_connection(
     sites: Sites, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

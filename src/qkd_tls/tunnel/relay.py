@@ -159,10 +159,10 @@ class _Pump:
             if moved:
                 self.total += moved
                 self._count(moved)
-                self._relay.last_byte = self._relay.loop.time()
 
     def _write(self, data: memoryview) -> None:
         """Write all of it; where that cannot be, keep the rest and raise what is wanted."""
+        size = len(data)
         try:
             while data:
                 data = data[self.sink.send(data) :]
@@ -170,6 +170,9 @@ class _Pump:
             # TLS wants the same bytes again, though not from the same place.
             self._rest = memoryview(bytes(data)) if data.obj is _buffer.obj else data
             raise
+        finally:
+            if len(data) < size:
+                self._relay.last_byte = self._relay.loop.time()
         self._rest = _NOTHING
 
     def _flush(self) -> None:
@@ -214,7 +217,7 @@ class Relay:
         self.loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[End] = self.loop.create_future()
         self.last_byte = self.loop.time()
-        """When the last byte was read, on the loop's clock."""
+        """When the last byte was passed on, on the loop's clock."""
         self._plain, self._hybrid = plain, hybrid
         self._retired: str | None = None
         self._up = _Pump(self, plain, hybrid, to_hybrid, b"")
