@@ -518,6 +518,10 @@ def hang_up(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
+# ssl.SSLSocket forgets to close itself where the connection is reset before its handshake has begun (CPython 3.11).
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.slow
 def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) -> None:
     """Two links. KME A of the first, the preferred one, is killed as soon as an answer of its has been cut off."""
@@ -562,8 +566,8 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
             done.wait(1)
             cable.cut.set()
             cable.lost.wait(3)
-            kmes_a[0].kill()
             cable.unplug()
+            kmes_a[0].kill()
             kmes_a[0].start_again()
             cable.plug_in()
             kills += 1
