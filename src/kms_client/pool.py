@@ -64,7 +64,8 @@ class KeyPool:
         size: of the pooled keys in bits. Keys of another size are asked for directly.
         low_water: keys of a peer below which more are fetched.
         high_water: keys of a peer that are fetched up to, in requests of at most the KME's `max_key_per_request`.
-        max_age: seconds that a key is kept. Then it is wiped, and lost.
+        max_age: seconds that a key is kept. Then it is lost: never handed out, and wiped as soon as no request is under
+            way.
         timeout: seconds that a caller waits for keys at most.
         idle_after: seconds after which no keys are fetched ahead any more for a peer that nobody asks for.
         peers: SAE IDs to fetch ahead for from the start, and always. Others are added when they are asked for.
