@@ -134,17 +134,16 @@ class _Handshake:
     def _deliver(self, result: list[QKDKey] | KMSError) -> None:
         self._asked = None
         assert self._connection is not None and self._connection._engine is not None
-        closing = self._transport.is_closing()
-        if closing:
+        if self._transport.is_closing():
             self.give_up()
-        self._connection._engine.keys(result)
-        if closing:
-            return
         try:
-            # No new bytes: asyncio's TLS goes on with the handshake.
-            self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
+            self._connection._engine.keys(result)
+            if not self._transport.is_closing():
+                # No new bytes: asyncio's TLS goes on with the handshake.
+                self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001
             # A warning made an error, an observer that fails: asyncio catches TLS errors only here, and would wait on.
+            self.give_up()
             self._transport._fatal_error(error, "the handshake failed")  # type: ignore[attr-defined]
 
 
@@ -296,15 +295,26 @@ async def create_connection(
             raise ValueError("You must set server_hostname when using ssl without a host")
         server_hostname = host
     raw, gate = await asyncio.get_running_loop().create_connection(_Gate, host, port, **tcp)
+    return await _over_tls(
+        raw,
+        gate,
+        protocol_factory,
+        ssl,
+        server_hostname=server_hostname,
+        ssl_handshake_timeout=ssl_handshake_timeout,
+        ssl_shutdown_timeout=ssl_shutdown_timeout,
+    )
+
+
+async def _over_tls(
+    raw: asyncio.Transport,
+    gate: _Gate,
+    protocol_factory: Callable[[], _Protocol],
+    context: QKDContext,
+    **options: Any,
+) -> tuple[asyncio.Transport, _Protocol]:
     try:
-        tls = await start_tls(
-            raw,
-            gate,
-            ssl,
-            server_hostname=server_hostname,
-            ssl_handshake_timeout=ssl_handshake_timeout,
-            ssl_shutdown_timeout=ssl_shutdown_timeout,
-        )
+        tls = await start_tls(raw, gate, context, **options)
     except BaseException:
         # asyncio leaves it open where it fails at once.
         raw.close()
@@ -452,7 +462,10 @@ async def _shake_hands(loop: asyncio.AbstractEventLoop, tls: QKDSocket) -> None:
             def deliver(
                 result: list[QKDKey] | KMSError, engine: Engine = engine, waiting: Any = waiting
             ) -> None:
-                engine.keys(result)
+                try:
+                    engine.keys(result)
+                except Exception as error:  # noqa: BLE001 - an observer's, say
+                    waiting.set_exception(error)
                 _wake(waiting)
 
             _ask_in_thread(loop, tls.context.key_manager, wanted.request, deliver)
@@ -503,6 +516,56 @@ class EventLoop(asyncio.SelectorEventLoop):
         if isinstance(ssl, QKDContext):
             return await create_server(protocol_factory, host, port, ssl=ssl, **options)
         return await super().create_server(protocol_factory, host, port, ssl=ssl, **options)
+
+    async def create_unix_connection(
+        self,
+        protocol_factory: Any,
+        path: Any = None,
+        *,
+        ssl: Any = None,
+        sock: Any = None,
+        server_hostname: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """See `asyncio.loop.create_unix_connection`."""
+        if not isinstance(ssl, QKDContext):
+            return await super().create_unix_connection(
+                protocol_factory, path, ssl=ssl, sock=sock, server_hostname=server_hostname, **options
+            )
+        if server_hostname is None:
+            raise ValueError("you have to pass server_hostname when using ssl")
+        raw, gate = await super().create_unix_connection(_Gate, path, sock=sock)
+        return await _over_tls(raw, gate, protocol_factory, ssl, server_hostname=server_hostname, **options)
+
+    async def create_unix_server(
+        self,
+        protocol_factory: Any,
+        path: Any = None,
+        *,
+        ssl: Any = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        **options: Any,
+    ) -> asyncio.Server:
+        """See `asyncio.loop.create_unix_server`."""
+        timeouts: dict[str, Any] = {
+            "ssl_handshake_timeout": ssl_handshake_timeout,
+            "ssl_shutdown_timeout": ssl_shutdown_timeout,
+        }
+        if not isinstance(ssl, QKDContext):
+            return await super().create_unix_server(protocol_factory, path, ssl=ssl, **timeouts, **options)
+        return await super().create_unix_server(
+            lambda: _Incoming(protocol_factory, ssl, **timeouts), path, **options
+        )
+
+    async def connect_accepted_socket(
+        self, protocol_factory: Any, sock: Any, *, ssl: Any = None, **options: Any
+    ) -> Any:
+        """See `asyncio.loop.connect_accepted_socket`."""
+        if not isinstance(ssl, QKDContext):
+            return await super().connect_accepted_socket(protocol_factory, sock, ssl=ssl, **options)
+        raw, gate = await super().connect_accepted_socket(_Gate, sock)
+        return await _over_tls(raw, gate, protocol_factory, ssl, server_side=True, **options)
 
     async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **options: Any) -> Any:
         """See `asyncio.loop.start_tls`."""
