@@ -756,6 +756,10 @@ class TestProtocols:
             assert protocol.events == ["made", b"earlyearly", "eof", "lost"]
             gate = aio._Gate()
             gate.data_received(b"early")
+            buffered = Buffered(3)
+            buffered.connection_made(None)  # type: ignore[arg-type]
+            gate.open(Transport(), buffered)  # type: ignore[arg-type]
+            assert buffered.received == b"early"
             with pytest.raises(RuntimeError, match="empty buffer"):
                 gate.open(Transport(), Buffered(0))  # type: ignore[arg-type]
 

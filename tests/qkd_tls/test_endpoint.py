@@ -75,6 +75,20 @@ class TestClosedDuringTheHandshake:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 sockets[0].recv(1)
 
+    def test_between_the_last_step_and_taking_over(self, local: Lab) -> None:
+        class Socket(QKDSocket):
+            def _take_over(self, tls: Any) -> None:
+                self.close()
+                super()._take_over(tls)
+
+        context = local.client()
+        context.sslsocket_class = Socket
+        with Server(local.server()) as server:
+            sock = server.connect(context, do_handshake_on_connect=False)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                sock.do_handshake()
+            assert sock._tls is None
+
     def test_before_it_starts(self, local: Lab) -> None:
         with tcp_pair() as (near, _):
             sock = local.client().wrap_socket(
@@ -112,6 +126,26 @@ class TestClosedDuringTheHandshake:
                 assert sock._tls is None
             with server.connect(local.client()) as well:
                 talk(well)
+
+
+class TestTurns:
+    def test_second_handshake_waits_for_the_first(self, local: Lab) -> None:
+        """Within its own timeout."""
+        manager = Slow(local.manager("client"))
+        with Server(local.server()) as server, ThreadPoolExecutor(1) as threads:
+            with server.connect(local.client(key_manager=manager), do_handshake_on_connect=False) as sock:
+                shaking = threads.submit(sock.do_handshake)
+                assert manager.asked.wait(TIMEOUT)
+                sock.settimeout(0)
+                with pytest.raises(ssl.SSLWantReadError):
+                    sock.do_handshake()
+                sock.settimeout(0.05)
+                with pytest.raises(TimeoutError, match="handshake operation timed out"):
+                    sock.recv(1)
+                sock.settimeout(TIMEOUT)
+                manager.may_answer.set()
+                shaking.result(TIMEOUT)
+                talk(sock)
 
 
 class TestTwoReaders:
