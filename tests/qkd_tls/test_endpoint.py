@@ -132,20 +132,23 @@ class TestTurns:
     def test_second_handshake_waits_for_the_first(self, local: Lab) -> None:
         """Within its own timeout."""
         manager = Slow(local.manager("client"))
-        with Server(local.server()) as server, ThreadPoolExecutor(1) as threads:
-            with server.connect(local.client(key_manager=manager), do_handshake_on_connect=False) as sock:
-                shaking = threads.submit(sock.do_handshake)
-                assert manager.asked.wait(TIMEOUT)
-                sock.settimeout(0)
-                with pytest.raises(ssl.SSLWantReadError):
-                    sock.do_handshake()
-                sock.settimeout(0.05)
-                with pytest.raises(TimeoutError, match="handshake operation timed out"):
-                    sock.recv(1)
-                sock.settimeout(TIMEOUT)
-                manager.may_answer.set()
-                shaking.result(TIMEOUT)
-                talk(sock)
+        with (
+            Server(local.server()) as server,
+            ThreadPoolExecutor(1) as threads,
+            server.connect(local.client(key_manager=manager), do_handshake_on_connect=False) as sock,
+        ):
+            shaking = threads.submit(sock.do_handshake)
+            assert manager.asked.wait(TIMEOUT)
+            sock.settimeout(0)
+            with pytest.raises(ssl.SSLWantReadError):
+                sock.do_handshake()
+            sock.settimeout(0.05)
+            with pytest.raises(TimeoutError, match="handshake operation timed out"):
+                sock.recv(1)
+            sock.settimeout(TIMEOUT)
+            manager.may_answer.set()
+            shaking.result(TIMEOUT)
+            talk(sock)
 
 
 class TestTwoReaders:
