@@ -11,7 +11,7 @@ import argparse
 import requests
 
 import qkd_tls
-from kms_client import Etsi014Client
+from kms_client import Etsi014Client, SecureSite
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
 
 
@@ -24,12 +24,26 @@ def main() -> None:
     parser.add_argument("--sae-cert", required=True, help="certificate that the KME knows this SAE by")
     parser.add_argument("--sae-key", required=True)
     parser.add_argument("--kme-ca", required=True, help="CA of the KME's certificate")
+    parser.add_argument(
+        "--kme-site",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
+        help="where the KME may be (default: this host)",
+    )
     parser.add_argument("--ca", help="CA of the server's certificate (default: the system's CAs)")
     parser.add_argument("--peer-sae", metavar="ID", help="the server's SAE ID (default: the server is asked)")
     parser.add_argument("--policy", choices=list(qkd_tls.Policy), default=qkd_tls.Policy.REQUIRE)
     args = parser.parse_args()
 
-    kme = Etsi014Client(args.kme, sae_id=args.sae, cert=args.sae_cert, key=args.sae_key, ca=args.kme_ca)
+    kme = Etsi014Client(
+        args.kme,
+        sae_id=args.sae,
+        cert=args.sae_cert,
+        key=args.sae_key,
+        ca=args.kme_ca,
+        site=SecureSite(args.kme_site),
+    )
     context = qkd_tls.create_default_context(
         cafile=args.ca, key_manager=kme, policy=args.policy, peer_sae_id=args.peer_sae
     )

@@ -11,7 +11,7 @@ import ssl
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import qkd_tls
-from kms_client import Etsi014Client
+from kms_client import Etsi014Client, SecureSite
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,6 +38,13 @@ def main() -> None:
     parser.add_argument("--sae-cert", required=True, help="certificate that the KME knows this SAE by")
     parser.add_argument("--sae-key", required=True)
     parser.add_argument("--kme-ca", required=True, help="CA of the KME's certificate")
+    parser.add_argument(
+        "--kme-site",
+        nargs="+",
+        default=[],
+        metavar="NETWORK",
+        help="where the KME may be (default: this host)",
+    )
     parser.add_argument("--cert", required=True, help="certificate chain of this server")
     parser.add_argument("--key", required=True)
     parser.add_argument("--policy", choices=list(qkd_tls.Policy), default=qkd_tls.Policy.REQUIRE)
@@ -45,7 +52,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8443, help="0 for a free one")
     args = parser.parse_args()
 
-    kme = Etsi014Client(args.kme, sae_id=args.sae, cert=args.sae_cert, key=args.sae_key, ca=args.kme_ca)
+    kme = Etsi014Client(
+        args.kme,
+        sae_id=args.sae,
+        cert=args.sae_cert,
+        key=args.sae_key,
+        ca=args.kme_ca,
+        site=SecureSite(args.kme_site),
+    )
     context = qkd_tls.create_default_context(ssl.Purpose.CLIENT_AUTH, key_manager=kme, policy=args.policy)
     context.load_cert_chain(args.cert, args.key)
 

@@ -8,6 +8,7 @@ from .errors import (
     KeyAlreadyUsed,
     KMSAuthenticationError,
     KMSError,
+    KMSOutsideSecureSite,
     KMSProtocolError,
     KMSRequestError,
     KMSTimeout,
@@ -22,6 +23,7 @@ from .keys import QKDKey, wipe_keys
 from .local import LocalKeyManager
 from .manager import KeyManager, KMSStatus
 from .pool import KeyPool, PoolStatistics
+from .secure_site import SecureSite
 
 __all__ = [
     "BreakerState",
@@ -29,6 +31,7 @@ __all__ = [
     "FailoverKeyManager",
     "KMSAuthenticationError",
     "KMSError",
+    "KMSOutsideSecureSite",
     "KMSProtocolError",
     "KMSRequestError",
     "KMSStatus",
@@ -42,6 +45,7 @@ __all__ = [
     "NoKeysLeft",
     "PoolStatistics",
     "QKDKey",
+    "SecureSite",
     "UnknownKey",
     "UnknownSAE",
     "wipe_keys",

@@ -1,8 +1,9 @@
 """What can go wrong between a program and its key management system (KMS).
 
 The class says who has to act: nobody but time (`KMSUnavailable`), whoever keeps the certificates
-(`KMSAuthenticationError`), whoever wrote the request (`KMSRequestError`), the vendor of the KME
-(`KMSProtocolError`), or our own program (`KeyAlreadyUsed`). No error ever holds key material.
+(`KMSAuthenticationError`), whoever says what the secure site is (`KMSOutsideSecureSite`), whoever wrote the
+request (`KMSRequestError`), the vendor of the KME (`KMSProtocolError`), or our own program (`KeyAlreadyUsed`).
+No error ever holds key material.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import ClassVar
 __all__ = [
     "KMSAuthenticationError",
     "KMSError",
+    "KMSOutsideSecureSite",
     "KMSProtocolError",
     "KMSRequestError",
     "KMSTimeout",
@@ -116,6 +118,12 @@ class KMSAuthenticationError(KMSError):
     """The KMS and this program could not authenticate each other."""
 
     default_hint = "Check the CA, the certificates of the KME and of this SAE, and their validity."
+
+
+class KMSOutsideSecureSite(KMSError):
+    """The KMS is at an address outside the secure site; no request was sent."""
+
+    default_hint = "Name the KME's network if it is inside: site=SecureSite([...])."
 
 
 class KMSRequestError(KMSError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Sequence
+import ssl
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
+from .credentials import FilePath, Password, hidden
 from .errors import (
     KMSAuthenticationError,
     KMSError,
@@ -30,12 +33,15 @@ from .etsi014_messages import (
 from .https import Answer, HTTPSClient
 from .keys import QKDKey, wipe_keys
 from .manager import KMSStatus, check_key_ids, check_number_and_size
+from .secure_site import SecureSite
 
 __all__ = ["Etsi014Client"]
 
 _MAX_BODY = 1 << 20  # bytes, whatever was asked for
 _BYTES_PER_ENTRY = 4096  # an ID and extensions
 _UNASKED_KEY_BYTES = 1 << 16  # for the key itself where its size is not known beforehand
+_MAX_REMEMBERED = 10_000  # keys delivered, to notice one that is delivered again
+_STANDARD_STATUS = (200, 400, 401, 503)
 
 _T = TypeVar("_T")
 
@@ -54,14 +60,27 @@ _SAYS_NO_KEYS = re.compile(
 class Etsi014Client:
     """A `KeyManager` on a KME that speaks ETSI GS QKD 014 V1.1.1.
 
-    The interface is meant for use inside one secure site: keys cross it under ordinary TLS.
+    The interface is meant for use inside one secure site: keys cross it under ordinary TLS. So the client connects to
+    addresses of this host only, unless `site` names others.
 
     Args:
         url: the KME's URL, with a path prefix if it has one before `/api/v1`.
         sae_id: this program's SAE ID; the KME takes it from the certificate.
         cert: path of this SAE's certificate chain, PEM.
-        key: path of its private key, PEM, not encrypted.
+        key: path of its private key, PEM; may be left out where it is in the same file.
         ca: path of the CA certificates for the KME's certificate, PEM. The host name is checked.
+        pkcs12: path of a PKCS#12 file with certificate chain and private key, instead of `cert` and `key`.
+        key_password: of the private key or of the PKCS#12 file: the password as `str` or `bytes`, a `pathlib.Path` of a
+            file that holds it and is not readable by everybody, or a function that returns it. It is read once, here.
+        ssl_context: a context instead of `cert`, `key`, `ca`, `pkcs12` and `key_password`, which has all of that
+            loaded, and must check certificate and host name: such as a `qkd_tls.QKDContext` with policy "off", which
+            protects the link with ML-KEM where the KME supports that.
+        server_hostname: the name that the KME's certificate must have, if it is not the URL's host: for a KME that
+            is reached by its address, or whose certificate has no subject alternative name but one in its subject.
+        unix_socket: path of a Unix socket that the KME listens at, with TLS as ever, instead of the URL's host and
+            port.
+        site: the addresses that a KME may have; by default those of this host.
+        headers: further header fields of each request, for a gateway in front of the KME.
         connect_timeout: seconds to connect, for each address of the host; once more for the TLS handshake.
             Looking up the host name takes as long as the system's resolver takes.
         read_timeout: seconds for the whole answer, however it trickles in.
@@ -72,8 +91,11 @@ class Etsi014Client:
         quirks: names of the deviations from the standard met so far.
 
     Raises:
-        ValueError: the URL, an SAE ID or the size is impossible.
+        ValueError: the URL, an SAE ID, the size or a header field is impossible; certificates are missing or given
+            twice.
         KMSAuthenticationError: the certificates cannot be loaded.
+
+    Certificates are loaded once: after they were renewed, make a new client.
 
     Requests are sent by POST with a JSON body. GET is defined for the simple cases too, but KMEs were seen
     to ignore `number` and `size` in a query, and key IDs in URLs end up in access logs.
@@ -86,6 +108,9 @@ class Etsi014Client:
     A delivered key passes through Python strings (its JSON and base64 text) which cannot be wiped; they are
     let go at once. The received body, the decoded copies and the `QKDKey` are wiped.
 
+    Where a KME delivers the same key again, it is wiped: a call that gave it to this client before raises. The last
+    10,000 keys are remembered.
+
     Every method may be called from any thread.
     """
 
@@ -96,23 +121,45 @@ class Etsi014Client:
         url: str,
         *,
         sae_id: str,
-        cert: str | os.PathLike[str],
-        key: str | os.PathLike[str],
-        ca: str | os.PathLike[str],
+        cert: FilePath | None = None,
+        key: FilePath | None = None,
+        ca: FilePath | None = None,
+        pkcs12: FilePath | None = None,
+        key_password: Password | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        server_hostname: str | None = None,
+        unix_socket: FilePath | None = None,
+        site: SecureSite | None = None,
+        headers: Mapping[str, str] | None = None,
         connect_timeout: float = 3.0,
         read_timeout: float = 5.0,
         size: int | None = 256,
         master_in_key_ids: bool = False,
     ) -> None:
         """Check the arguments; the KME is not contacted yet."""
+        key_password = hidden(key_password)
         check_number_and_size(1, size)
         _path(sae_id, "status")
+        self.quirks: set[str] = set()
         self._https = HTTPSClient(
-            url, cert=cert, key=key, ca=ca, connect_timeout=connect_timeout, read_timeout=read_timeout
+            url,
+            cert=cert,
+            key=key,
+            ca=ca,
+            pkcs12=pkcs12,
+            key_password=key_password,
+            ssl_context=ssl_context,
+            server_hostname=server_hostname,
+            unix_socket=unix_socket,
+            site=site,
+            headers=headers,
+            quirks=self.quirks,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
         )
         self.name = self._https.url
         self.sae_id = sae_id
-        self.quirks: set[str] = set()
+        self._delivered = _Delivered()
         self._size = size
         self._master_in_key_ids = master_in_key_ids
 
@@ -128,7 +175,7 @@ class Etsi014Client:
             if error.status is not None or isinstance(error, KMSTimeout):
                 raise
             answer = self._call("GET", peer_sae_id, "status", None, _MAX_BODY)
-        return self._parsed(parse_status, answer, peer_sae_id)
+        return self._parsed(lambda body: parse_status(body, quirks=self.quirks), answer, peer_sae_id)
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
         """Get key (clause 6.2), as master: exactly `number` new keys shared with the slave `peer_sae_id`.
@@ -155,7 +202,17 @@ class Etsi014Client:
         answer = self._call("POST", peer_sae_id, "enc_keys", request, _MAX_BODY + number * per_key)
         keys = self._parse_keys(answer, peer_sae_id)
         problem: KMSError | None = None
-        if len(keys) < number:
+        if again := self._delivered.again("enc_keys", peer_sae_id, keys):
+            self.quirks.add("delivered keys are delivered again")
+            problem = KMSProtocolError(
+                "the KME delivered keys a second time",
+                kms=self.name,
+                peer=peer_sae_id,
+                key_ids=again,
+                hint="Ask the KME's vendor: a key must leave its store when it is delivered.",
+            )
+        elif len(keys) < number:
+            self.quirks.add("fewer keys than asked for")
             problem = NoKeysLeft(
                 f"{number} keys were asked for, {len(keys)} delivered",
                 kms=self.name,
@@ -163,10 +220,12 @@ class Etsi014Client:
                 keys_may_be_lost=True,
             )
         elif len(keys) > number:
+            self.quirks.add("more keys than asked for")
             problem = KMSProtocolError(
                 f"{number} keys were asked for, {len(keys)} delivered", kms=self.name, peer=peer_sae_id
             )
         elif wrong := [key for key in keys if size is not None and key.size != size]:
+            self.quirks.add("keys of another size than asked for")
             problem = KMSProtocolError(
                 f"keys of {size} bits were asked for, one of {wrong[0].size} bits was delivered",
                 kms=self.name,
@@ -213,6 +272,7 @@ class Etsi014Client:
             if key is not None:
                 ordered.append(key)
         if found:
+            self.quirks.add("keys that were not asked for")
             wipe_keys(keys)
             raise KMSProtocolError(
                 "the KME delivered keys that were not asked for",
@@ -220,7 +280,15 @@ class Etsi014Client:
                 peer=peer_sae_id,
                 key_ids=list(found),
             )
+        if again := self._delivered.again("dec_keys", peer_sae_id, ordered):
+            # What a KME that keeps to the standard would have answered.
+            self.quirks.add("delivered keys are delivered again")
+            wipe_keys(ordered)
+            raise UnknownKey(
+                "the KME delivered keys a second time", kms=self.name, peer=peer_sae_id, key_ids=again
+            )
         if len(ordered) < len(key_ids):
+            self.quirks.add("fewer keys than asked for")
             wipe_keys(ordered)
             delivered = {key.key_id for key in ordered}
             raise UnknownKey(
@@ -268,7 +336,10 @@ class Etsi014Client:
             raise
         if answer.status == 200:
             return answer
-        text = error_text(answer.body)
+        if answer.status not in _STANDARD_STATUS:
+            self.quirks.add(f"status {answer.status} for {call}")
+        # The standard says nothing about the body of a 401.
+        text = error_text(answer.body, quirks=self.quirks if answer.status != 401 else set())
         _zero(answer.body)
         raise _refusal(call, answer.status, text, kms=self.name, peer=peer_sae_id, key_ids=key_ids)
 
@@ -288,6 +359,30 @@ class Etsi014Client:
             _zero(answer.body)
         # Outside the except block: the traceback of Malformed leads to frames that hold keys.
         raise KMSProtocolError(problem, kms=self.name, peer=peer, key_ids=key_ids, status=answer.status)
+
+
+class _Delivered:
+    """The keys delivered last, by call, peer and ID."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: set[tuple[str, str, str]] = set()
+        self._order: deque[tuple[str, str, str]] = deque()
+
+    def again(self, call: str, peer: str, keys: Iterable[QKDKey]) -> list[str]:
+        """IDs of those keys that have been delivered before; from now on all of them have."""
+        again = []
+        with self._lock:
+            for key in keys:
+                entry = (call, peer, key.key_id)
+                if entry in self._known:
+                    again.append(key.key_id)
+                    continue
+                self._known.add(entry)
+                self._order.append(entry)
+                if len(self._order) > _MAX_REMEMBERED:
+                    self._known.remove(self._order.popleft())
+        return again
 
 
 def _path(sae_id: str, call: str) -> str:

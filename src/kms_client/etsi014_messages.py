@@ -38,6 +38,22 @@ _HEXADECIMAL = re.compile(r"(?:[0-9a-f]{2}){16,}|(?:[0-9A-F]{2}){16,}")
 _LONG_RUN = re.compile(r"[A-Za-z0-9+/=_-]{16,}")
 _HARMLESS_RUN = re.compile(rf"[A-Z]?[a-z_]+|additional_slave_SAE_IDs|max_SAE_ID_count|{_UUID}")
 
+_STATUS = {
+    "source_KME_ID",
+    "target_KME_ID",
+    "master_SAE_ID",
+    "slave_SAE_ID",
+    "key_size",
+    "stored_key_count",
+    "max_key_count",
+    "max_key_per_request",
+    "max_key_size",
+    "min_key_size",
+    "max_SAE_ID_count",
+}
+_KEY_CONTAINER = {"keys", "Keys", "key_container_extension"}
+_KEY = {"key_ID", "key_id", "key_ID_extension", "key", "key_extension"}
+
 
 class Malformed(Exception):
     """An answer that is not what the standard says; the text says in what.
@@ -59,13 +75,23 @@ def build_key_ids_request(key_ids: Sequence[str], master_sae_id: str | None = No
     return json.dumps({"key_IDs": [{"key_ID": key_id, **extra} for key_id in key_ids]}).encode()
 
 
-def parse_status(body: bytes | bytearray) -> KMSStatus:
-    """The answer to Get status (clause 6.1). Null or missing strings become "", `max_SAE_ID_count` 0.
+def parse_status(body: bytes | bytearray, *, quirks: set[str]) -> KMSStatus:
+    """The answer to Get status (clause 6.1).
+
+    Accepted besides the standard's form: extra members; null or missing strings, which become "", and
+    `max_SAE_ID_count`, which becomes 0.
+
+    Args:
+        body: the answer, JSON.
+        quirks: gets the names of the deviations met.
 
     Raises:
         Malformed: a number is missing or is none.
     """
     status = _object(body)
+    _compare(status, _STATUS | {"status_extension"}, quirks)
+    if not status.keys() >= _STATUS:
+        quirks.add("missing members")
     return KMSStatus(
         source_kme_id=_string(status, "source_KME_ID"),
         target_kme_id=_string(status, "target_KME_ID"),
@@ -78,7 +104,7 @@ def parse_status(body: bytes | bytearray) -> KMSStatus:
         max_key_size=_integer(status, "max_key_size"),
         min_key_size=_integer(status, "min_key_size"),
         max_sae_id_count=_integer(status, "max_SAE_ID_count", default=0),
-        status_extension=_extension(status.get("status_extension")),
+        status_extension=_extension(status.get("status_extension"), quirks),
     )
 
 
@@ -97,6 +123,7 @@ def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) 
         Malformed: anything else; keys parsed before are wiped.
     """
     container = _object(body)
+    _compare(container, _KEY_CONTAINER, quirks)
     entries = _member(container, "keys", "Keys", quirks)
     if not isinstance(entries, list):
         raise Malformed("the answer has no list of keys")
@@ -105,6 +132,7 @@ def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) 
         for entry in entries:
             if not isinstance(entry, dict):
                 raise Malformed("an entry of the key container is not an object")
+            _compare(entry, _KEY, quirks)
             key_id = _key_id(_member(entry, "key_ID", "key_id", quirks), quirks)
             if key_id in keys:
                 raise Malformed(f"key ID {key_id} is in the answer twice")
@@ -118,19 +146,28 @@ def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) 
     return list(keys.values())
 
 
-def error_text(body: bytes | bytearray) -> str:
+def error_text(body: bytes | bytearray, *, quirks: set[str]) -> str:
     """What an error body (clause 6.4, or a framework's own) says, safe to show; "" where it says nothing.
 
     Only a short printable `message`, `detail` or `error` is taken, never from a body that has keys in it, and
     anything in it that might be a key is left out.
+
+    Args:
+        body: of the answer, anything.
+        quirks: gets the names of the deviations met.
     """
+    if not body:
+        quirks.add("empty error body")
+        return ""
     try:
         document = _object(body)
     except Malformed:
+        quirks.add("error body is no JSON object")
         return ""
-    text = next(
-        (t for t in map(document.get, ("message", "detail", "error")) if isinstance(t, str)), ""
-    ).strip()
+    name = next((n for n in ("message", "detail", "error") if isinstance(document.get(n), str)), None)
+    if name != "message":
+        quirks.add("error body without a message" if name is None else f"{name} for message")
+    text = document[name].strip() if name is not None else ""
     if "keys" in document or "Keys" in document or "key" in document:
         return ""
     if len(text) > _MAX_TEXT_LENGTH or not text.isprintable():
@@ -147,6 +184,14 @@ def _object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Malformed("the answer is not a JSON object")
     return document
+
+
+def _compare(document: Mapping[str, Any], known: set[str], quirks: set[str]) -> None:
+    """Note members that the standard does not have or that have no value; their names are the KME's, and not kept."""
+    if not document.keys() <= known:
+        quirks.add("extra members")
+    if None in document.values():
+        quirks.add("null members")
 
 
 def _member(of: Mapping[str, Any], name: str, variant: str, quirks: set[str]) -> Any:
@@ -207,5 +252,9 @@ def _integer(of: Mapping[str, Any], name: str, default: int | None = None) -> in
     return value
 
 
-def _extension(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}
+def _extension(value: object, quirks: set[str]) -> Mapping[str, object]:
+    if isinstance(value, dict):
+        return value
+    if value is not None:
+        quirks.add("status_extension is no object")
+    return {}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kms_client import Etsi014Client, KeyManager, KMSError
+from kms_client import Etsi014Client, KeyManager, KMSError, SecureSite
 from qkd_tls.context import QKDContext
 from qkd_tls.hybrid import KDF
 from qkd_tls.policy import Policy
@@ -221,6 +221,8 @@ class KMESettings:
     key_size: int = 256
     """Bits."""
     master_in_key_ids: bool = False
+    site: tuple[str, ...] = ()
+    """Networks that the KME may be in, beside this host."""
 
     @classmethod
     def take(cls, name: str, table: Table) -> KMESettings:
@@ -236,6 +238,7 @@ class KMESettings:
             read_timeout=table.take_seconds("read_timeout", 5.0),
             key_size=table.take_int("key_size", 256, 256, 65536),
             master_in_key_ids=table.take_bool("master_in_key_ids", False),
+            site=_take_site(table),
         )
         table.finish()
         try:
@@ -263,7 +266,17 @@ class KMESettings:
             read_timeout=self.read_timeout,
             size=self.key_size,
             master_in_key_ids=self.master_in_key_ids,
+            site=SecureSite(self.site),
         )
+
+
+def _take_site(table: Table) -> tuple[str, ...]:
+    networks = table.take_list("site", None) or ()
+    try:
+        SecureSite(networks)
+    except ValueError as error:
+        raise table.error("site", str(error)) from None
+    return networks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,7 @@ def test_2_options_do_not_do(
     ("arguments", "error"),
     [
         (["localhost"], "'localhost' is not HOST:PORT"),
+        (["localhost:1", "--kme-site", "kme.example"], "'kme.example' is not a network of the secure site"),
         (["localhost:0"], "there is no port 0"),
         (["localhost:99999"], "there is no port 99999"),
         (["localhost:1", "--timeout", "-1"], "'-1' is not a positive number of seconds"),

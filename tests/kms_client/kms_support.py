@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from kms_client import Etsi014Client
@@ -24,15 +26,25 @@ class ScriptedKME:
 
     Attributes:
         requests: what was received: (request line, body), in order.
+        headers: the header fields of each of them, names in lower case.
+        answers: what is sent, in turn, the last for ever.
     """
 
-    def __init__(self, context: ssl.SSLContext, answers: list[Answer]) -> None:
+    def __init__(
+        self, context: ssl.SSLContext, answers: list[Answer], unix_socket: Path | None = None
+    ) -> None:
         self.requests: list[tuple[str, bytes]] = []
+        self.headers: list[dict[str, str]] = []
         self.connections = 0
+        self.answers = answers
         self._context = context
-        self._answers = answers
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listening.getsockname()[1]
+        if unix_socket is None:
+            self._listening = socket.create_server(("127.0.0.1", 0))
+        else:
+            self._listening = socket.socket(socket.AF_UNIX)
+            self._listening.bind(os.fspath(unix_socket))
+            self._listening.listen()
+        self.port: int = self._listening.getsockname()[1] if unix_socket is None else 0
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -61,13 +73,16 @@ class ScriptedKME:
     def _answer(self, sock: ssl.SSLSocket) -> None:
         with sock.makefile("rb") as file:
             line = file.readline().decode().strip()
-            length = 0
-            while header := file.readline().strip():
-                name, _, value = header.partition(b":")
-                if name.lower() == b"content-length":
-                    length = int(value)
-            self.requests.append((line, file.read(length)))
-        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+            headers: dict[str, str] = {}
+            while header := file.readline().decode().strip():
+                name, _, value = header.partition(":")
+                headers[name.lower()] = value.strip()
+            body = file.read(int(headers.get("content-length", "0")))
+        if not line:
+            return
+        self.headers.append(headers)
+        self.requests.append((line, body))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if callable(answer):
             answer(sock)
         else:
@@ -76,10 +91,17 @@ class ScriptedKME:
 
 @contextmanager
 def scripted(
-    pki: DemoPKI, *answers: Answer, context: ssl.SSLContext | None = None, **settings: Any
+    pki: DemoPKI,
+    *answers: Answer,
+    context: ssl.SSLContext | None = None,
+    unix_socket: Path | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[Etsi014Client, ScriptedKME]]:
     """A client of SAE-A and the server it talks to, which gives the answers in turn, the last for ever."""
-    server = ScriptedKME(context or server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), list(answers))
+    context = context or server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
+    server = ScriptedKME(context, list(answers), unix_socket)
+    if unix_socket is not None:
+        settings = {"unix_socket": unix_socket, **settings}
     try:
         client = client_of(pki, f"https://127.0.0.1:{server.port}", **settings)
         yield client, server
@@ -90,7 +112,12 @@ def scripted(
 
 def client_of(pki: DemoPKI, url: str, **settings: Any) -> Etsi014Client:
     defaults = {"sae_id": pki.sae_a, "cert": pki.sae_a_cert, "key": pki.sae_a_key, "ca": pki.kms_ca}
-    return Etsi014Client(url, **{**defaults, **settings})
+    given = {**defaults, **settings}
+    if "pkcs12" in given:
+        del given["cert"], given["key"]
+    if "ssl_context" in given:
+        del given["cert"], given["key"], given["ca"]
+    return Etsi014Client(url, **given)
 
 
 def http(status: int, body: bytes | str | dict[str, Any] = b"", *headers: str) -> bytes:

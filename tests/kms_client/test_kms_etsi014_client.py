@@ -342,9 +342,12 @@ class TestTransport:
 
     def test_a_kept_connection_that_was_closed_is_replaced(self, pki: DemoPKI) -> None:
         # "Connection: keep-alive" is a lie: the server closes, as one does that restarts.
-        answer = http(200, container((ID, KEY))).replace(b"Connection: close", b"Connection: keep-alive")
-        with scripted(pki, answer) as (client, server):
-            for _ in range(3):
+        answers = [
+            http(200, container((key_id, KEY))).replace(b"Connection: close", b"Connection: keep-alive")
+            for key_id in (ID, OTHER, ID[::-1])
+        ]
+        with scripted(pki, *answers) as (client, server):
+            for _ in answers:
                 client.get_keys("SAE-B")
                 time.sleep(0.05)
             assert (len(server.requests), server.connections) == (3, 3)
@@ -375,7 +378,8 @@ class TestTransport:
             assert not client._https._idle
 
     def test_a_forked_child_opens_its_own_connection(self, pki: DemoPKI) -> None:
-        with scripted(pki, http(200, container((ID, KEY)))) as (client, _):
+        answers = http(200, container((ID, KEY))), http(200, container((OTHER, KEY)))
+        with scripted(pki, *answers) as (client, _):
             client.get_keys("SAE-B")
             parents = client._https._idle[0]
             client._https._pid = os.getpid() + 1  # as a child finds it

@@ -156,7 +156,7 @@ class TestErrors:
         exported = [getattr(kms_client, name) for name in kms_client.__all__]
         kinds = [item for item in exported if isinstance(item, type)]
         errors = [kind for kind in kinds if issubclass(kind, KMSError) and kind is not KMSError]
-        assert len(errors) == 9
+        assert len(errors) == 10
         assert all(error.default_hint for error in errors)
 
 

@@ -58,12 +58,21 @@ def test_requests() -> None:
 
 
 def test_status() -> None:
-    status = parse_status(json.dumps({**STATUS, "status_extension": {"x": 1}, "more": None}).encode())
+    quirks: set[str] = set()
+    parse_status(json.dumps({**STATUS, "status_extension": {"x": 1}}).encode(), quirks=quirks)
+    assert quirks == set()
+    body = json.dumps({**STATUS, "status_extension": {"x": 1}, "more": None}).encode()
+    status = parse_status(body, quirks=quirks)
     assert (status.key_size, status.stored_key_count, status.max_sae_id_count) == (352, 25000, 0)
     assert status.status_extension == {"x": 1}
+    assert quirks == {"extra members", "null members"}
+    quirks.clear()
     sparse = {**STATUS, "max_SAE_ID_count": None, "source_KME_ID": None, "status_extension": "odd"}
-    status = parse_status(json.dumps(sparse).encode())
+    del sparse["slave_SAE_ID"]
+    status = parse_status(json.dumps(sparse).encode(), quirks=quirks)
     assert (status.source_kme_id, status.max_sae_id_count, status.status_extension) == ("", 0, {})
+    assert status.slave_sae_id == ""
+    assert quirks == {"null members", "missing members", "status_extension is no object"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +82,7 @@ def test_status() -> None:
 )  # fmt: skip
 def test_status_refused(name: str, value: Any) -> None:
     with pytest.raises(Malformed, match=name):
-        parse_status(json.dumps({**STATUS, name: value}).encode())
+        parse_status(json.dumps({**STATUS, name: value}).encode(), quirks=set())
 
 
 def test_key_container_as_the_standard_writes_it() -> None:
@@ -85,7 +94,10 @@ def test_key_container_as_the_standard_writes_it() -> None:
     ("document", "quirks"),
     [
         ({"Keys": [{"key_ID": ID, "key": base64.b64encode(KEY).decode()}]}, {"Keys for keys"}),
-        ({"keys": None, "Keys": [{"key_ID": ID, "key": base64.b64encode(KEY).decode()}]}, {"Keys for keys"}),
+        (
+            {"keys": None, "Keys": [{"key_ID": ID, "key": base64.b64encode(KEY).decode()}]},
+            {"Keys for keys", "null members"},
+        ),
         ({"keys": [{"key_id": ID, "key": base64.b64encode(KEY).decode()}]}, {"key_id for key_ID"}),
         ({"keys": [{"key_ID": ID, "key": KEY.hex()}]}, {"hexadecimal key"}),
         ({"keys": [{"key_ID": ID, "key": KEY.hex().upper()}]}, {"hexadecimal key"}),
@@ -101,7 +113,7 @@ def test_key_container_as_the_standard_writes_it() -> None:
                 ],
                 "key_container_extension": None,
             },
-            set(),
+            {"extra members", "null members"},
         ),
     ],
 )
@@ -169,29 +181,40 @@ def test_nothing_else_but_malformed(document: Any) -> None:
         parse(document)
 
 
+NOT_MESSAGE = {"error body without a message"}
+
+
 @pytest.mark.parametrize(
-    ("body", "text"),
+    ("body", "text", "quirks"),
     [
-        ({"message": "size shall be a multiple of 8"}, "size shall be a multiple of 8"),
-        ({"message": None, "detail": "Not found"}, "Not found"),
-        ({"error": " no keys "}, "no keys"),
-        ({"message": {"a": 1}}, ""),
-        ({"message": "x" * 201}, ""),
-        ({"message": "two\nlines"}, ""),
-        ({"message": "fine", "keys": []}, ""),
-        ({"message": "fine", "Keys": []}, ""),
-        ({"message": "fine", "key": "x"}, ""),
-        ({"message": f"key {ID} unknown"}, f"key {ID} unknown"),
-        ({"message": "at most 4 additional_slave_SAE_IDs"}, "at most 4 additional_slave_SAE_IDs"),
-        ({"message": "not all extension_mandatory parameters"}, "not all extension_mandatory parameters"),
-        ({"message": f"key {KEY.hex()} unknown"}, "key [...] unknown"),
-        ({"message": f"key {base64.b64encode(KEY).decode()}"}, "key [...]"),
-        ([], ""),
+        ({"message": "size shall be a multiple of 8"}, "size shall be a multiple of 8", set()),
+        ({"message": None, "detail": "Not found"}, "Not found", {"detail for message"}),
+        ({"error": " no keys "}, "no keys", {"error for message"}),
+        ({"message": {"a": 1}}, "", NOT_MESSAGE),
+        ({"message": "x" * 201}, "", set()),
+        ({"message": "two\nlines"}, "", set()),
+        ({"message": "fine", "keys": []}, "", set()),
+        ({"message": "fine", "Keys": []}, "", set()),
+        ({"message": "fine", "key": "x"}, "", set()),
+        ({"message": f"key {ID} unknown"}, f"key {ID} unknown", set()),
+        ({"message": "at most 4 additional_slave_SAE_IDs"}, "at most 4 additional_slave_SAE_IDs", set()),
+        (
+            {"message": "not all extension_mandatory parameters"},
+            "not all extension_mandatory parameters",
+            set(),
+        ),
+        ({"message": f"key {KEY.hex()} unknown"}, "key [...] unknown", set()),
+        ({"message": f"key {base64.b64encode(KEY).decode()}"}, "key [...]", set()),
+        ([], "", {"error body is no JSON object"}),
     ],
 )
-def test_error_texts(body: Any, text: str) -> None:
-    assert error_text(json.dumps(body).encode()) == text
+def test_error_texts(body: Any, text: str, quirks: set[str]) -> None:
+    met: set[str] = set()
+    assert error_text(json.dumps(body).encode(), quirks=met) == text
+    assert met == quirks
 
 
 def test_error_texts_of_no_json() -> None:
-    assert error_text(b"<html>500</html>") == error_text(b"") == ""
+    quirks: set[str] = set()
+    assert error_text(b"<html>500</html>", quirks=quirks) == error_text(b"", quirks=quirks) == ""
+    assert quirks == {"error body is no JSON object", "empty error body"}

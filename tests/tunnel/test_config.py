@@ -156,6 +156,11 @@ MISTAKES = [
         replaced("[kme.site]", "[kme.site]\nkey_size = 128"),
         "key_size: must be 256 to 65536, not 128",
     ),
+    (
+        "client",
+        replaced("[kme.site]", '[kme.site]\nsite = ["kme.example"]'),
+        "[kme.site]: site: 'kme.example' is not a network of the secure site",
+    ),
     ("client", replaced("[kme.site]", '[kme.site]\nuser = "x"'), "[kme.site]: user: is not known here"),
     ("client", replaced('url = "https', 'url = "ftp'), "[kme.site]: "),
     ("client", lambda text: text + "\xe9nonsense", "is not TOML: "),

@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from kms_client import Etsi014Client, KeyManager, KMSError
+from kms_client import Etsi014Client, KeyManager, KMSError, SecureSite
 from qkd_tls import kems
 from qkd_tls.cli.failure import CommandError
 from qkd_tls.context import QKDContext, create_default_context
@@ -35,6 +35,13 @@ def add_qkd_options(parser: argparse.ArgumentParser, *, server_side: bool = Fals
     _add(kms, "--kme-key", metavar="FILE", help="its private key, not encrypted")
     _add(kms, "--kme-ca", metavar="FILE", help="CA of the KME's certificate")
     _add(kms, "--kme-timeout", metavar="SECONDS", type=seconds, help="for an answer of the KME (default 5)")
+    _add(
+        kms,
+        "--kme-site",
+        metavar="NETWORKS",
+        type=_site,
+        help="networks of the secure site, with commas between, that the KME may be in (default: this host only)",
+    )
     peer = "client's SAE ID, the only one allowed" if server_side else "server's SAE ID (default: ask it)"
     _add(kms, "--peer-sae-id", metavar="ID", help=peer)
 
@@ -130,6 +137,7 @@ def _key_manager(arguments: argparse.Namespace, policy: Policy) -> KeyManager:
         key=arguments.kme_key,
         ca=arguments.kme_ca,
         read_timeout=arguments.kme_timeout or 5.0,
+        site=arguments.kme_site,
     )
 
 
@@ -193,3 +201,10 @@ def alpn_names(text: str) -> list[str]:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.replace(":", ",").split(",") if name]
+
+
+def _site(text: str) -> SecureSite:
+    try:
+        return SecureSite(name.strip() for name in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
