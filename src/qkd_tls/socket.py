@@ -45,6 +45,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     _decrypted: bytearray
     """Application data that came with the last flight of the handshake."""
     _late_error: OSError | None
+    _plain: socket.socket | None
+    """What `unwrap` has returned."""
     _connected: bool
     _timeout: float | None
 
@@ -79,6 +81,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._unsent = bytearray()
         self._decrypted = bytearray()
         self._late_error = None
+        self._plain = None
         self._connected = False
         self._timeout = timeout
         socket.socket.settimeout(self, timeout)
@@ -380,16 +383,21 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         socket.socket.shutdown(self, how)
 
     def unwrap(self) -> socket.socket:
-        """End TLS in both directions; returns the plain socket, and this object is closed."""
+        """End TLS in both directions; returns the plain socket.
+
+        This object can only be closed then, which closes the plain socket: in the standard library they are one.
+        """
         self._ready()
         deadline = self._deadline()
         while not self._pump(lambda tls: tls.shutdown(), deadline, "unwrap"):
             # Ours is out; now wait for the peer's. Data that it still sends is not for the plain socket.
             with contextlib.suppress(ssl.SSLZeroReturnError):
                 self._pump(lambda tls: tls.read(_CHUNK), deadline, "unwrap")
-        plain = socket.socket(fileno=self.detach())
-        plain.settimeout(self._timeout)
-        return plain
+        self._plain = socket.socket(fileno=self.detach())
+        self._plain.settimeout(self._timeout)
+        # A `with` block closes only what is not closed yet.
+        self._closed = False
+        return self._plain
 
     def detach(self) -> int:
         """Give away the file descriptor without a word to the peer."""
@@ -402,6 +410,9 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._forget()
         if self._connected:
             self._discard_what_has_come()
+        if self._plain is not None:
+            # ftplib drops what `unwrap` has returned, and closes this.
+            self._plain.close()
         socket.socket._real_close(self)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:

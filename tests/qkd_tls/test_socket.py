@@ -915,6 +915,16 @@ class TestClosing:
             plain_client.sendall(b"in the clear")
             assert plain_server.recv(100) == b"in the clear"
 
+    def test_close_after_unwrap_closes_the_plain_socket(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
+        """ftplib drops what `unwrap` returns, and closes the object that it has called it on."""
+        client, server = pair
+        unwrapping = Background(client.unwrap)
+        with server.unwrap() as plain_server:
+            with client:
+                plain_client = unwrapping.result()
+            assert plain_client.fileno() == -1
+            assert plain_server.recv(1) == b""
+
     def test_detach(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
         client, server = pair
         fileno = client.fileno()
