@@ -1,0 +1,17 @@
+"""The programs, in the order of the table."""
+
+from __future__ import annotations
+
+from dropin_support import Program
+
+from . import ftp, http_clients, http_servers, mail, streams
+
+__all__ = ["PROGRAMS"]
+
+PROGRAMS: list[type[Program]] = [
+    *http_clients.PROGRAMS,
+    *mail.PROGRAMS,
+    *ftp.PROGRAMS,
+    *http_servers.PROGRAMS,
+    *streams.PROGRAMS,
+]

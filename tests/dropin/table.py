@@ -1,0 +1,65 @@
+"""The table in docs/dropin.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from dropin_support import COLUMNS
+from measure import Result
+
+__all__ = ["PAGE", "rows_of", "same", "table", "written"]
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "dropin.md"
+
+_TITLES: Final = ("program", "version", "role", "how the context gets in", *COLUMNS.values(), "`qkd`")
+_BETWEEN: Final = re.compile("(?<=<!-- table -->\n).*?(?=<!-- end of the table -->)", re.DOTALL)
+
+
+def table(results: Iterable[Result]) -> str:
+    """Markdown: a row a program, and the notes behind it."""
+    notes: dict[str, int] = {}
+    rows = [list(_TITLES), ["---"] * len(_TITLES)]
+    for result in results:
+        program = result.program
+        row = [program.name, program.version(), program.role, f"`{program.how}`"]
+        for column in COLUMNS:
+            cell = result.cell(column)
+            for note in (program.notes.get(column), program.deviations.get(column)):
+                if note:
+                    cell += f" [{notes.setdefault(note, len(notes) + 1)}]"
+            row.append(cell)
+        rows.append([*row, result.qkd])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """A table's rows, by program."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row for row in rows[2:]}
+
+
+def same(committed: Sequence[str], measured: Sequence[str]) -> bool:
+    """Whether two rows say the same; of other versions only the verdicts are compared, not the exceptions' names."""
+    if committed[1] == measured[1]:
+        return list(committed) == list(measured)
+    return [_verdict(cell) for cell in _without_version(committed)] == [
+        _verdict(cell) for cell in _without_version(measured)
+    ]
+
+
+def _without_version(row: Sequence[str]) -> list[str]:
+    return [row[0], *row[2:]]
+
+
+def _verdict(cell: str) -> str:
+    return "same" if cell.startswith("same: ") else cell
+
+
+def written(page: str, new: str) -> str:
+    """The page with another table."""
+    return _BETWEEN.sub(lambda _: new, page)

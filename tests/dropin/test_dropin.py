@@ -1,0 +1,60 @@
+"""Real programs, unmodified, with our context in place of the standard library's: they do the same."""
+
+from __future__ import annotations
+
+import pytest
+from dropin_support import COLUMNS, Missing, Program
+from measure import Measurements, Result
+from programs import PROGRAMS
+from table import PAGE, rows_of, same, table, written
+
+MUST_WORK = ("connects", "up", "down")
+
+
+def measured(measurements: Measurements, program: type[Program]) -> Result:
+    result = measurements.of(program)
+    if isinstance(result, Missing):
+        pytest.skip(str(result))
+    return result
+
+
+@pytest.fixture(params=PROGRAMS, ids=lambda program: program.name)
+def result(request: pytest.FixtureRequest, measurements: Measurements) -> Result:
+    return measured(measurements, request.param)
+
+
+@pytest.mark.parametrize("column", MUST_WORK)
+def test_works(result: Result, column: str) -> None:
+    for run in (result.reference, result.ours):
+        expected = "True" if column not in result.program.without else "none"
+        assert run[column].text == expected, run[column].trace
+
+
+@pytest.mark.parametrize("column", [column for column in COLUMNS if column not in MUST_WORK])
+def test_as_with_the_standard_library(result: Result, column: str) -> None:
+    if column in result.program.deviations:
+        assert not result.agrees(column), "it is as with the standard library after all: say so"
+    else:
+        assert result.agrees(column), f"{result.cell(column)}\n{result.ours[column].trace}"
+
+
+def test_times_out_in_time(result: Result) -> None:
+    assert result.in_time(), result.ours["timeout"]
+
+
+def test_every_connection_is_hybrid(result: Result) -> None:
+    assert result.qkd == "hybrid"
+
+
+def test_table(result: Result) -> None:
+    """docs/dropin.md says what was measured: `python tests/dropin/write_table.py` writes it."""
+    committed = rows_of(PAGE.read_text(encoding="utf-8"))[result.program.name]
+    (row,) = rows_of(table([result])).values()
+    numbered = [cell.split(" [")[0] for cell in committed], [cell.split(" [")[0] for cell in row]
+    assert same(*numbered), numbered
+
+
+def test_the_table_has_all_programs() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert list(rows_of(page)) == [program.name for program in PROGRAMS]
+    assert written(page, "") != page

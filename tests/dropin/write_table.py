@@ -1,0 +1,41 @@
+"""Measures all programs and writes the table in docs/dropin.md. Needs them all: `.ci/run` names the Debian packages."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qkd_tls"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from dropin_support import Missing, Sites
+from measure import Measurements
+from programs import PROGRAMS
+from table import PAGE, table, written
+
+from kms_client.emulator import run_pair
+
+__all__: list[str] = []
+
+
+def main() -> None:
+    results = []
+    with (
+        run_pair(rate=2000.0, buffer=4000) as kmes,
+        tempfile.TemporaryDirectory(prefix="qkd-tls-dropin-") as folder,
+    ):
+        sites = Sites.make(Path(folder), kmes)
+        measurements = Measurements(sites)
+        for program in PROGRAMS:
+            print(program.name, flush=True)
+            result = measurements.of(program)
+            if isinstance(result, Missing):
+                raise SystemExit(f"{program.name}: {result}")
+            results.append(result)
+        sites.close()
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
