@@ -138,6 +138,7 @@ class Etsi014Client:
     ) -> None:
         """Check the arguments; the KME is not contacted yet."""
         key_password = hidden(key_password)
+        self.name, self.sae_id = "", sae_id  # for the repr in reports of what fails below
         check_number_and_size(1, size)
         _path(sae_id, "status")
         self.quirks: set[str] = set()
@@ -158,7 +159,6 @@ class Etsi014Client:
             read_timeout=read_timeout,
         )
         self.name = self._https.url
-        self.sae_id = sae_id
         self._delivered = _Delivered()
         self._size = size
         self._master_in_key_ids = master_in_key_ids
