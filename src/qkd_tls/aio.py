@@ -1,7 +1,8 @@
 """asyncio over hybrid connections: asyncio's own functions by another name, and the loop never waits for a KMS.
 
 asyncio's own TLS transport runs the connection, over a `QKDObject`. What is added: while that shakes hands, the key
-manager is called in another thread, and the transport is woken up with the answer. A program that calls asyncio's
+manager is called in another thread, and the transport is woken up with the answer. Handshakes that come together take
+turns: the loop sees to everything else between them. A program that calls asyncio's
 functions itself, or a library does, gets the same by running in an `EventLoop`.
 """
 
@@ -13,6 +14,9 @@ import contextlib
 import logging
 import os
 import ssl as stdlib_ssl
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from socket import socket as Socket
 from typing import Any, Final, NoReturn, TypeVar
@@ -21,7 +25,7 @@ from kms_client import KeyManager, KMSError, KMSUnavailable, QKDKey, wipe_keys
 from qkd_tls.context import QKDContext
 from qkd_tls.endpoint import KeyRequest, KeysWanted
 from qkd_tls.engine import Engine
-from qkd_tls.errors import QKDError
+from qkd_tls.errors import QKDError, ssl_error
 from qkd_tls.fetch import fetch_keys
 from qkd_tls.socket import QKDSocket
 from qkd_tls.sslobject import QKDObject, adopter
@@ -44,7 +48,51 @@ MAX_KMS_REQUESTS: Final = 64
 """Requests to key managers under way at once in this process, each in a thread of its own; further ones wait."""
 
 _LIMIT: Final = 1 << 16
+_SLICE: Final = 0.005
+"""Seconds of handshakes at a time; one step that has begun, of some milliseconds, is finished."""
 _log: Final = logging.getLogger("qkd_tls")
+
+
+# --- many handshakes at once
+
+
+class _Turns:
+    """The handshakes of one loop take turns. asyncio does everything that is ready before it looks at anything else."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], object] | asyncio.Future[None]] = deque()
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Turns:
+        return _turns.setdefault(loop, cls())
+
+    def queue(self, work: Callable[[], object] | asyncio.Future[None]) -> None:
+        """Do this when its turn comes; it must not raise."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._take)
+        self._waiting.append(work)
+
+    async def wait(self) -> None:
+        """For a turn, which lasts until the caller next waits for something."""
+        turn = asyncio.get_running_loop().create_future()
+        self.queue(turn)
+        await turn
+
+    def _take(self) -> None:
+        end = time.monotonic() + _SLICE
+        while self._waiting and time.monotonic() < end:
+            work = self._waiting.popleft()
+            if not isinstance(work, asyncio.Future):
+                work()
+            elif not work.done():
+                work.set_result(None)
+                # Its time cannot be measured here.
+                break
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._take)
+
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns] = weakref.WeakKeyDictionary()
 
 
 # --- asking the key manager in another thread
@@ -106,6 +154,7 @@ class _Handshake:
         self._asked: KeyRequest | None = None
         self._connection: QKDObject | None = None
         self._adopted = False
+        self._queued = self._on = False
         peer = transport.get_extra_info("peername")
         self.server_port: int | None = peer[1] if isinstance(peer, tuple) else None
 
@@ -123,6 +172,7 @@ class _Handshake:
             raise KeysWanted(request)
 
         connection._ask = ask
+        connection._turn = self._wait_for_turn
         # asyncio drops what a failed handshake still has to say.
         connection._farewell = self._transport.write  # type: ignore[attr-defined]
 
@@ -131,6 +181,25 @@ class _Handshake:
         if self._connection is not None and self._connection._engine is not None:
             self._connection._engine.abort()
 
+    def _wait_for_turn(self) -> None:
+        if self._on:
+            return
+        # The end of the stream must not overtake what came before it.
+        self._transport.pause_reading()  # type: ignore[attr-defined]
+        if not self._queued:
+            self._queued = True
+            _Turns.of(self._loop).queue(self._take_turn)
+        raise ssl_error(stdlib_ssl.SSLWantReadError, "The operation did not complete (waiting for its turn)")
+
+    def _take_turn(self) -> None:
+        self._queued, self._on = False, True
+        try:
+            if not self._transport.is_closing():
+                self._transport.resume_reading()  # type: ignore[attr-defined]
+            self._go_on()
+        finally:
+            self._on = False
+
     def _deliver(self, result: list[QKDKey] | KMSError) -> None:
         self._asked = None
         assert self._connection is not None and self._connection._engine is not None
@@ -138,13 +207,24 @@ class _Handshake:
             self.give_up()
         try:
             self._connection._engine.keys(result)
-            if not self._transport.is_closing():
-                # No new bytes: asyncio's TLS goes on with the handshake.
-                self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001
-            # A warning made an error, an observer that fails: asyncio catches TLS errors only here, and would wait on.
-            self.give_up()
-            self._transport._fatal_error(error, "the handshake failed")  # type: ignore[attr-defined]
+            self._fail(error)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._transport.is_closing():
+            return
+        try:
+            # No new bytes: asyncio's TLS goes on with the handshake.
+            self._transport.get_protocol().buffer_updated(0)  # type: ignore[attr-defined]
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        # A warning made an error, an observer that fails: asyncio catches TLS errors only here, and would wait on.
+        self.give_up()
+        self._transport._fatal_error(error, "the handshake failed")  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -226,6 +306,7 @@ class _Incoming(_Gate):
 
     async def _upgrade(self, transport: Any) -> None:
         try:
+            await _Turns.of(asyncio.get_running_loop()).wait()
             tls = await start_tls(transport, self, self._context, server_side=True, **self._timeouts)
         except BaseException as error:
             # asyncio leaves it open where it fails at once.
@@ -294,7 +375,9 @@ async def create_connection(
         if not host:
             raise ValueError("You must set server_hostname when using ssl without a host")
         server_hostname = host
-    raw, gate = await asyncio.get_running_loop().create_connection(_Gate, host, port, **tcp)
+    loop = asyncio.get_running_loop()
+    await _Turns.of(loop).wait()
+    raw, gate = await loop.create_connection(_Gate, host, port, **tcp)
     return await _over_tls(
         raw,
         gate,
@@ -314,6 +397,7 @@ async def _over_tls(
     **options: Any,
 ) -> tuple[asyncio.Transport, _Protocol]:
     try:
+        await _Turns.of(asyncio.get_running_loop()).wait()
         tls = await start_tls(raw, gate, context, **options)
     except BaseException:
         # asyncio leaves it open where it fails at once.
@@ -452,6 +536,7 @@ def _keys_wanted(request: KeyRequest) -> NoReturn:
 async def _shake_hands(loop: asyncio.AbstractEventLoop, tls: QKDSocket) -> None:
     while True:
         waiting = loop.create_future()
+        await _Turns.of(loop).wait()
         try:
             tls.do_handshake()
             return

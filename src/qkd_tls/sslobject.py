@@ -45,6 +45,8 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
     server_hostname: str | None = None
     _incoming: ssl.MemoryBIO
     _outgoing: ssl.MemoryBIO
+    _turn: Callable[[], object] | None = None
+    """Called before the handshake goes on; raises SSLWantReadError where others come first."""
     _farewell: Callable[[bytes], object] | None = None
     """Takes the last ciphertext of a handshake that has failed, where the caller would not fetch it."""
 
@@ -84,6 +86,8 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
 
         Raises SSLWantReadError until the handshake is complete; the errors of `QKDContext.wrap_socket` beside.
         """
+        if self._turn is not None:
+            self._turn()
         with self._lock:
             try:
                 while self._engine is not None:
