@@ -108,8 +108,8 @@ class Etsi014Client:
     A delivered key passes through Python strings (its JSON and base64 text) which cannot be wiped; they are
     let go at once. The received body, the decoded copies and the `QKDKey` are wiped.
 
-    Where a KME delivers the same key again, it is wiped: a call that gave it to this client before raises. The last
-    10,000 keys are remembered.
+    The last 10,000 keys that were returned are remembered by their IDs: where a KME delivers one again, it is wiped and
+    the call raises.
 
     Every method may be called from any thread.
     """
@@ -202,16 +202,7 @@ class Etsi014Client:
         answer = self._call("POST", peer_sae_id, "enc_keys", request, _MAX_BODY + number * per_key)
         keys = self._parse_keys(answer, peer_sae_id)
         problem: KMSError | None = None
-        if again := self._delivered.again("enc_keys", peer_sae_id, keys):
-            self.quirks.add("delivered keys are delivered again")
-            problem = KMSProtocolError(
-                "the KME delivered keys a second time",
-                kms=self.name,
-                peer=peer_sae_id,
-                key_ids=again,
-                hint="Ask the KME's vendor: a key must leave its store when it is delivered.",
-            )
-        elif len(keys) < number:
+        if len(keys) < number:
             self.quirks.add("fewer keys than asked for")
             problem = NoKeysLeft(
                 f"{number} keys were asked for, {len(keys)} delivered",
@@ -232,6 +223,15 @@ class Etsi014Client:
                 peer=peer_sae_id,
                 key_ids=[key.key_id for key in wrong],
                 hint="Ask for the key_size of the KME's status.",
+            )
+        elif again := self._delivered.again("enc_keys", peer_sae_id, keys):
+            self.quirks.add("delivered keys are delivered again")
+            problem = KMSProtocolError(
+                "the KME delivered keys a second time",
+                kms=self.name,
+                peer=peer_sae_id,
+                key_ids=again,
+                hint="Ask the KME's vendor: a key must leave its store when it is delivered.",
             )
         if problem is not None:
             wipe_keys(keys)
@@ -280,13 +280,6 @@ class Etsi014Client:
                 peer=peer_sae_id,
                 key_ids=list(found),
             )
-        if again := self._delivered.again("dec_keys", peer_sae_id, ordered):
-            # What a KME that keeps to the standard would have answered.
-            self.quirks.add("delivered keys are delivered again")
-            wipe_keys(ordered)
-            raise UnknownKey(
-                "the KME delivered keys a second time", kms=self.name, peer=peer_sae_id, key_ids=again
-            )
         if len(ordered) < len(key_ids):
             self.quirks.add("fewer keys than asked for")
             wipe_keys(ordered)
@@ -297,6 +290,13 @@ class Etsi014Client:
                 peer=peer_sae_id,
                 key_ids=[key_id for key_id in key_ids if key_id not in delivered],
                 keys_may_be_lost=True,
+            )
+        if again := self._delivered.again("dec_keys", peer_sae_id, ordered):
+            # What a KME that keeps to the standard would have answered.
+            self.quirks.add("delivered keys are delivered again")
+            wipe_keys(ordered)
+            raise UnknownKey(
+                "the KME delivered keys a second time", kms=self.name, peer=peer_sae_id, key_ids=again
             )
         return ordered
 

@@ -225,15 +225,9 @@ class HTTPSClient:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise self._protocol_error(f"the answer is encoded ({shown(encoding)}), unasked", response)
-            received = bytearray()
-            try:
-                while chunk := response.raw.read(_CHUNK, decode_content=False):
-                    received += chunk
-                    if len(received) > max_size:
-                        raise self._protocol_error(f"the answer is larger than {max_size} bytes", response)
-            except BaseException:
-                received[:] = bytes(len(received))
-                raise
+            received = _read(response, max_size)
+            if received is None:
+                raise self._protocol_error(f"the answer is larger than {max_size} bytes", response)
         return Answer(response.status_code, received)
 
     def _protocol_error(self, message: str, response: requests.Response) -> KMSProtocolError:
@@ -289,6 +283,22 @@ class HTTPSClient:
             hint=_LOST_HINT,
             keys_may_be_lost=True,
         )
+
+
+def _read(response: requests.Response, max_size: int) -> bytearray | None:
+    """The body; None if it is too large. Raises nothing itself, for a traceback would lead to what was read."""
+    received = bytearray()
+    complete = False
+    try:
+        while chunk := response.raw.read(_CHUNK, decode_content=False):
+            received += chunk
+            if len(received) > max_size:
+                return None
+        complete = True
+        return received
+    finally:
+        if not complete:
+            received[:] = bytes(len(received))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
