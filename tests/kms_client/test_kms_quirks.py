@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import pkcs12
 from kms_support import client_of, container, everything_in, http, issue, scripted
 
@@ -310,12 +310,19 @@ def credentials(pki: DemoPKI) -> dict[str, Path]:
     encryption = serialization.BestAvailableEncryption(PASSWORD.encode())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     plain = serialization.NoEncryption()
+    weak = rsa.generate_private_key(65537, 1024)
+    subject = cert.subject
+    weak_cert = (
+        x509.CertificateBuilder(subject, subject, weak.public_key(), 1, cert.not_valid_before_utc, cert.not_valid_after_utc)
+        .sign(weak, hashes.SHA256())
+    )  # fmt: skip
     contents = {
         "key": pem,
         "both": pki.sae_a_cert.read_bytes() + pem,
         "p12": pkcs12.serialize_key_and_certificates(b"SAE-A", key, cert, [ca], encryption),
         "open.p12": pkcs12.serialize_key_and_certificates(b"SAE-A", key, cert, None, plain),
         "no-key.p12": pkcs12.serialize_key_and_certificates(b"SAE-A", None, None, [cert], encryption),
+        "weak.p12": pkcs12.serialize_key_and_certificates(None, weak, weak_cert, None, encryption),
         "password": PASSWORD.encode() + b"\n",
     }
     paths = {}
@@ -381,6 +388,7 @@ class TestCredentials:
             ),
             ({"pkcs12": "nowhere", "key_password": PASSWORD}, "No such file", "that the file is PKCS#12"),
             ({"pkcs12": "no-key.p12", "key_password": PASSWORD}, "it has no private key", "Check the CA"),
+            ({"pkcs12": "weak.p12", "key_password": PASSWORD}, "EE_KEY_TOO_SMALL", "Check the CA"),
             (
                 {"key": "key", "key_password": Path("/nowhere")},
                 "cannot be read from /nowhere: No such",
