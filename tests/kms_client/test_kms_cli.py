@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from kms_client import Etsi014Client, KMSUnavailable
+from kms_client.cli import main
 from kms_client.emulator import DemoPKI, ensure_demo_pki
-from kms_client.emulator.cli import main
 
 COMMAND = [sys.executable, "-m", "kms_client.emulator"]
 

@@ -1,4 +1,4 @@
-"""The command `qkd-kme`: a QKD link with a KME at each end."""
+"""Subcommands of `qkd-kme`: a QKD link with a KME at each end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import signal
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,13 @@ from .source import OSRandomSource
 from .store import Delivery, KeyStore
 from .stream_link import ConnectingLink, ListeningLink
 
-__all__ = ["main"]
+__all__ = ["add_parsers"]
 
 _Ready = Callable[[dict[str, Any]], None]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 1 with the reason on standard error."""
-    arguments = _parser().parse_args(argv)
-    try:
-        with ExitStack() as stack:
-            return int(arguments.run(arguments, stack) or 0)
-    except (OSError, ValueError) as error:
-        print(f"qkd-kme: {error}", file=sys.stderr)
-        return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qkd-kme", description="A QKD link with a KME at each end.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `pair`, `serve` and `pki`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", type=Path, required=True, help="directory of the PKI; written if absent")
     common.add_argument("--sae-a", default="SAE-A", metavar="ID", help="SAE ID of side A (default SAE-A)")
@@ -72,7 +59,6 @@ def _parser() -> argparse.ArgumentParser:
 
     pki = commands.add_parser("pki", parents=[common], help="write the PKI only")
     pki.set_defaults(run=_run_pki)
-    return parser
 
 
 def _run_pki(arguments: argparse.Namespace, stack: ExitStack) -> None:
