@@ -313,7 +313,9 @@ def credentials(pki: DemoPKI) -> dict[str, Path]:
     weak = rsa.generate_private_key(65537, 1024)
     subject = cert.subject
     weak_cert = (
-        x509.CertificateBuilder(subject, subject, weak.public_key(), 1, cert.not_valid_before_utc, cert.not_valid_after_utc)
+        x509.CertificateBuilder(subject, subject, weak.public_key(), 1)
+        .not_valid_before(cert.not_valid_before_utc)
+        .not_valid_after(cert.not_valid_after_utc)
         .sign(weak, hashes.SHA256())
     )  # fmt: skip
     contents = {
