@@ -116,11 +116,7 @@ def _ask_in_thread(
     deliver: Callable[[list[QKDKey] | KMSError], None],
 ) -> None:
     """Call the key manager; `deliver` is called in the loop. Where the loop is closed by then, the keys are wiped."""
-    global _threads
     assert manager is not None
-    if _threads is None:
-        _threads = concurrent.futures.ThreadPoolExecutor(MAX_KMS_REQUESTS, thread_name_prefix="qkd-tls-kms")
-    future = _threads.submit(_fetch, request, manager)
 
     def hand_over(done: concurrent.futures.Future[list[QKDKey] | KMSError]) -> None:
         result = done.result()
@@ -129,7 +125,18 @@ def _ask_in_thread(
         except RuntimeError:
             wipe_keys([] if isinstance(result, KMSError) else result)
 
-    future.add_done_callback(hand_over)
+    def submit(_: object) -> None:
+        global _threads
+        if _threads is None:
+            _threads = concurrent.futures.ThreadPoolExecutor(
+                MAX_KMS_REQUESTS, thread_name_prefix="qkd-tls-kms"
+            )
+        _threads.submit(_fetch, request, manager).add_done_callback(hand_over)
+
+    # One at a time: many threads that begin together take the interpreter from the loop.
+    turn = loop.create_future()
+    turn.add_done_callback(submit)
+    _Turns.of(loop).queue(turn)
 
 
 def _fetch(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
