@@ -17,7 +17,9 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is that of the subcommand, or 1 with the reason on standard error."""
-    parser = argparse.ArgumentParser(prog="qkd-kme", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="qkd-kme", description="Emulated key management entities, and the examination of real ones."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     try:
         from .emulator.cli import add_parsers as add_emulator

@@ -259,6 +259,12 @@ def test_the_page_escapes_what_a_kme_says() -> None:
     assert "<title>KME examination: 1 failed</title>" in page
 
 
+def test_the_page_begins_with_what_needs_attention() -> None:
+    page = Page(html(a_report()))
+    assert [link["href"] for link in page.all("a")] == ["#A-B-two", "#A-one"]
+    assert {"A-B-two", "A-one"} <= {attributes.get("id") for attributes in page.all("tr")}
+
+
 def test_the_page_says_what_to_do_and_what_a_verdict_means() -> None:
     page = Page(html(a_report()))
     assert "What to do:" in page.text

@@ -282,7 +282,7 @@ def compare_keys(ours: Sequence[QKDKey], reply: Reply) -> Iterator[Outcome]:
                 different += secret != twin
         if different:
             yield failed(
-                f"{different} of {_keys(len(ours))} not the same at both KMEs",
+                f"{different} of {_keys(len(ours))} with different bits at the two KMEs",
                 "Do not use this link. Check that the KMEs belong together and are in step; look for somebody between.",
             )
         else:

@@ -113,7 +113,7 @@ def _version(setting: Setting, side: Side) -> Iterator[Outcome]:
     yield passed(f"{side.facts.version}, {side.facts.cipher}, group {group}")
 
 
-@_check("tls.old-versions", "TLS below 1.2 is refused", "5.1", "tls")
+@_check("tls.old-versions", "Older TLS versions", "5.1", "tls")
 def _old_versions(setting: Setting, side: Side) -> Iterator[Outcome]:
     accepted = accepts_old_tls(side.host, side.port, side.timeout)
     if accepted is None:
@@ -201,14 +201,14 @@ def _accepted(setting: Setting, side: Side) -> Iterator[Outcome]:
         yield passed(f"Get status as {side.sae_id}, for keys shared with {side.peer_sae_id}")
 
 
-@_check("identity.no-certificate", "Nobody without a certificate", "5.1", "tls")
+@_check("identity.no-certificate", "Strangers without a certificate", "5.1", "tls")
 def _no_certificate(setting: Setting, side: Side) -> Iterator[Outcome]:
-    yield from _as_stranger(side, side.without_certificate(), "without a certificate")
+    yield from _as_stranger(side, side.without_certificate(), "no certificate")
 
 
-@_check("identity.foreign-certificate", "Nobody with a forged certificate", "5.1", "tls")
+@_check("identity.foreign-certificate", "Strangers with a forged certificate", "5.1", "tls")
 def _foreign_certificate(setting: Setting, side: Side) -> Iterator[Outcome]:
-    yield from _as_stranger(side, side.with_foreign_certificate(), "with a certificate that no CA has signed")
+    yield from _as_stranger(side, side.with_foreign_certificate(), "a certificate that no CA has signed")
 
 
 def _as_stranger(side: Side, stranger: HTTPSClient, how: str) -> Iterator[Outcome]:
@@ -457,8 +457,11 @@ def _not_slave(setting: Setting, side: Side) -> Iterator[Outcome]:
 def _wrong_slave(setting: Setting, side: Side) -> Iterator[Outcome]:
     slave = setting.opposite(side)
     assert slave is not None
-    if setting.other is None or slave.name != "B":
-        yield skipped("needs a third SAE at side B", "Give --other-sae with its certificate.")
+    if setting.other is None:
+        yield skipped("needs a third SAE", "Give one of the peer's KME: --other-sae with its certificate.")
+        return
+    if slave.name != "B":
+        yield skipped("the third SAE is one of side B's KME")
         return
     if not side.pending:
         yield skipped("no key was delivered to the master")

@@ -25,7 +25,8 @@ caption { text-align: left; padding-bottom: .4rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .6rem; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
 thead th { background: var(--soft); overflow-wrap: normal; }
-tbody th { font-weight: 600; width: 22%; }
+tbody th { font-weight: 600; width: 22%; overflow-wrap: normal; }
+a { color: inherit; }
 .verdict { font-weight: 700; white-space: nowrap; overflow-wrap: normal; } .clause { white-space: nowrap; }
 .PASS { color: var(--pass); } .WARN { color: var(--warn); } .FAIL { color: var(--fail); } .SKIP { color: var(--skip); }
 .advice { margin: .25rem 0 0; } .advice b { font-weight: 600; }
@@ -61,6 +62,7 @@ def _lines(report: Report) -> Iterator[str]:
     for verdict, count in report.counts.items():
         yield f'<li><span class="verdict {verdict}">{count} {verdict}</span>: {_MEANING[verdict]}</li>'
     yield "</ul>"
+    yield from _attention(report)
     yield from _sides(report)
     for name in dict.fromkeys(finding.side for finding in report.findings):
         title = f"Side {name}" if len(name) == 1 else "Both sides"
@@ -75,6 +77,26 @@ def _outcome(report: Report) -> str:
     if warnings := report.counts[Verdict.WARN]:
         return f"Nothing failed, {warnings} with a reservation"
     return "Nothing failed"
+
+
+def _attention(report: Report) -> Iterator[str]:
+    """What is not as it should be, the worst first, with links to the findings."""
+    urgent = [
+        finding for v in (Verdict.FAIL, Verdict.WARN) for finding in report.findings if finding.verdict is v
+    ]
+    if not urgent:
+        return
+    yield "<h2>What needs attention</h2><ul>"
+    for finding in urgent:
+        yield (
+            f'<li><span class="verdict {finding.verdict}">{finding.verdict}</span> '
+            f'<a href="#{_anchor(finding)}">{escape(finding.side)}: {escape(finding.title)}</a></li>'
+        )
+    yield "</ul>"
+
+
+def _anchor(finding: Finding) -> str:
+    return escape(f"{finding.side}-{finding.check}")
 
 
 def _sides(report: Report) -> Iterator[str]:
@@ -103,9 +125,7 @@ def _findings(findings: list[Finding], title: str) -> Iterator[str]:
         advice = (
             f'<p class="advice"><b>What to do:</b> {escape(finding.advice)}</p>' if finding.advice else ""
         )
-        yield (
-            f'<tr id="{escape(f"{finding.side}-{finding.check}")}">' if _first(finding, findings) else "<tr>"
-        ) + (
+        yield (f'<tr id="{_anchor(finding)}">' if _first(finding, findings) else "<tr>") + (
             f'<th scope="row">{escape(finding.title)}</th>'
             f'<td class="verdict {finding.verdict}">{finding.verdict}</td>'
             f'<td class="clause">{escape(finding.clause) or "none"}</td>'
