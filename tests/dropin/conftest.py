@@ -10,6 +10,7 @@ import pytest
 
 # The certificates are those of the library's tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qkd_tls"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tunnel"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dropin_support import Sites

@@ -251,7 +251,7 @@ class Program:
     name: ClassVar[str]
     role: ClassVar[str] = "client"
     how: ClassVar[str]
-    """How it gets the context, as one line of code."""
+    """How it gets the context, as one line of code; empty where it needs none."""
     distribution: ClassVar[str | None] = None
     """On the package index; None for the standard library."""
     notes: ClassVar[Mapping[str, str]] = MappingProxyType({})

@@ -10,9 +10,9 @@ from typing import Final
 from dropin_support import COLUMNS
 from measure import Result
 
-__all__ = ["PAGE", "rows_of", "same", "table", "written"]
+__all__ = ["committed", "rows_of", "same", "table", "write"]
 
-PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "dropin.md"
+_PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "dropin.md"
 
 _TITLES: Final = ("program", "version", "role", "how the context gets in", *COLUMNS.values(), "`qkd`")
 _BETWEEN: Final = re.compile("(?<=<!-- table -->\n).*?(?=<!-- end of the table -->)", re.DOTALL)
@@ -24,7 +24,8 @@ def table(results: Iterable[Result]) -> str:
     rows = [list(_TITLES), ["---"] * len(_TITLES)]
     for result in results:
         program = result.program
-        row = [program.name, program.version(), program.role, f"`{program.how}`"]
+        how = f"`{program.how}`" if program.how else "not at all: it connects to the client tunnel"
+        row = [program.name, program.version(), program.role, how]
         for column in COLUMNS:
             cell = result.cell(column)
             for note in (program.notes.get(column), program.deviations.get(column)):
@@ -35,6 +36,13 @@ def table(results: Iterable[Result]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def committed() -> str:
+    """The table of the page."""
+    match = _BETWEEN.search(_PAGE.read_text(encoding="utf-8"))
+    assert match is not None
+    return match.group()
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -60,6 +68,6 @@ def _verdict(cell: str) -> str:
     return "same" if cell.startswith("same: ") else cell
 
 
-def written(page: str, new: str) -> str:
-    """The page with another table."""
-    return _BETWEEN.sub(lambda _: new, page)
+def write(new: str) -> None:
+    """Put another table into the page."""
+    _PAGE.write_text(_BETWEEN.sub(lambda _: new, _PAGE.read_text(encoding="utf-8")), encoding="utf-8")

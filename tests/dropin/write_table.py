@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qkd_tls"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tunnel"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dropin_support import Missing, Sites
 from measure import Measurements
 from programs import PROGRAMS
-from table import PAGE, table, written
+from table import table, write
 
 from kms_client.emulator import run_pair
 
@@ -34,7 +35,7 @@ def main() -> None:
                 raise SystemExit(f"{program.name}: {result}")
             results.append(result)
         sites.close()
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
+    write(table(results))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dropin_support import Program
 
-from . import ftp, http_clients, http_servers, mail, streams
+from . import browsers, databases, ftp, http_clients, http_servers, mail, streams
 
 __all__ = ["PROGRAMS"]
 
@@ -14,4 +14,6 @@ PROGRAMS: list[type[Program]] = [
     *ftp.PROGRAMS,
     *http_servers.PROGRAMS,
     *streams.PROGRAMS,
+    *databases.PROGRAMS,
+    *browsers.PROGRAMS,
 ]
