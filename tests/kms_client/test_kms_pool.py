@@ -436,6 +436,26 @@ class TestTrouble:
         finally:
             server.close()
 
+    def test_a_key_that_comes_a_second_time_is_wiped(self) -> None:
+        a, _ = LocalKeyManager.pair("A", "B")
+        came: list[QKDKey] = []
+
+        class Repeating(Watched):
+            def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
+                came.extend(super().get_keys(peer_sae_id, number, size))
+                if len(came) > number:
+                    came.append(QKDKey(came[0].key_id, b"x" * 32))
+                return came[-number:]
+
+        with pooled(Repeating(a), low_water=1, high_water=1, timeout=30) as (pool, _):
+            first, second = pool.get_keys("B"), pool.get_keys("B")
+            until(lambda: pool.statistics.failures == 1)
+            with pytest.raises(KMSProtocolError, match=rf"a second time.*key ID {came[0].key_id}"):
+                pool.get_keys("B")
+            assert [key.used for key in (*first, *second)] == [False, False]
+            assert came[-1].key_id == first[0].key_id
+            assert came[-1].used
+
     def test_a_kme_without_a_status_worth_the_name(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
         with pooled(a, low_water=1, high_water=3) as (pool, watched):
