@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +43,6 @@ __all__ = [
     "drain",
     "end_cleanly",
     "kind_of",
-    "listening",
     "outcome",
     "truncate",
 ]
@@ -229,13 +228,6 @@ def _end_tcp(sock: Any) -> None:
         with contextlib.suppress(OSError):
             raw.shutdown(socket.SHUT_WR)
         drain(raw)
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[socket.socket]:
-    """A listening socket for servers that take one."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        yield sock
 
 
 # --- a program, and what came out

@@ -24,16 +24,8 @@ MESSAGE: Final = b"Subject: test\r\n\r\n" + base64.encodebytes(PAYLOAD[:7_400_00
 _BREAKS: Final[dict[str, Callable[[Any], None]]] = {"silent": drain, "end": end_cleanly, "cut": truncate}
 
 
-class Mail(Program):
+class SMTPClient(Program):
     starttls = False
-    greeting = b""
-
-    def accept(self, raw: socket.socket) -> tuple[Any, Any]:
-        """A scripted server's connection, past its greeting: socket and file."""
-        raise NotImplementedError
-
-
-class SMTPClient(Mail):
     name = "smtplib, TLS from the start, against aiosmtpd"
     how = "SMTP_SSL(host, port, context=context)"
     notes: ClassVar[Mapping[str, str]] = {"down": "SMTP has no way to send 10 MB to a client."}
@@ -133,7 +125,8 @@ class SMTPStartTLS(SMTPClient):
     starttls = True
 
 
-class IMAPClient(Mail):
+class IMAPClient(Program):
+    starttls = False
     name = "imaplib, TLS from the start"
     how = "IMAP4_SSL(host, port, ssl_context=context)"
 
@@ -142,7 +135,8 @@ class IMAPClient(Mail):
 
     def serve(self, raw: socket.socket) -> None:
         """An IMAP server with one mailbox of one message."""
-        raw.sendall(b"") if not self.starttls else self.serve_starttls(raw)
+        if self.starttls:
+            self.serve_starttls(raw)
         with self.ends.accept(raw) as tls, tls.makefile("rb") as file:
             if not self.starttls:
                 tls.sendall(b"* OK ready\r\n")
