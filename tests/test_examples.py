@@ -116,3 +116,21 @@ def test_a_silent_client_does_not_hold_up_others(setup: Setup) -> None:
         time.sleep(0.2)  # the silent connection is accepted first
         client = setup.client(port)
     assert client.returncode == 0, client.stderr
+
+
+def test_asyncio(setup: Setup) -> None:
+    with running(f"{EXAMPLES}/asyncio_server.py", str(setup.pki), "0", setup.kme_b) as (server, line):
+        client = subprocess.run(
+            [sys.executable, f"{EXAMPLES}/asyncio_client.py", str(setup.pki), line.split()[1], setup.kme_a],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert client.returncode == 0, client.stderr
+        assert server.stdout is not None
+        assert server.stdout.readline() == "connection: hybrid\n"
+    first, *later = client.stdout.splitlines()
+    assert re.fullmatch(r"hello hybrid bootstrap [0-9a-f-]{36}", first)
+    assert len(later) == 2
+    assert all(re.fullmatch(r"hello hybrid associated [0-9a-f-]{36}", line) for line in later)

@@ -212,7 +212,8 @@ def test_two_thousand_connections(traffic: Traffic, kme_process: KMEProcess) -> 
     # The clients of the KMEs keep a connection for each thread, if they come to need that many.
     assert after.descriptors <= before.descriptors + 2 * THREADS
     assert after.threads == before.threads
-    assert after.keys == before.keys == 0
+    # Other tests of this process may have left keys with a KMS of theirs.
+    assert after.keys == before.keys
     assert after.connections <= before.connections
 
 

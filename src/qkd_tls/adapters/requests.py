@@ -8,13 +8,11 @@ from typing import Any, Final
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPSConnectionPool, PoolManager
-from urllib3.connection import HTTPSConnection
 
+from qkd_tls.adapters.urllib3 import with_qkd_info
 from qkd_tls.context import QKDContext
 from qkd_tls.errors import QKDError
 from qkd_tls.info import QKDInfo
-from qkd_tls.socket import QKDSocket
 
 __all__ = ["QKDAdapter", "qkd_info"]
 
@@ -46,12 +44,12 @@ class QKDAdapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         """Called by `HTTPAdapter`."""
         super().init_poolmanager(*args, ssl_context=self._context, **options)
-        _use_qkd_pools(self.poolmanager)
+        with_qkd_info(self.poolmanager)
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         """Called by `HTTPAdapter`."""
         manager = super().proxy_manager_for(proxy, ssl_context=self._context, **options)
-        _use_qkd_pools(manager)
+        with_qkd_info(manager)
         return manager
 
     def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
@@ -106,24 +104,6 @@ def qkd_info(response: requests.Response) -> QKDInfo:
     if not isinstance(info, QKDInfo):
         raise ValueError(f"the response from {response.url} did not come over a hybrid connection's context")
     return info
-
-
-class _QKDConnection(HTTPSConnection):
-    """Keeps what protected it: `http.client` lets go of the socket at once where the server closes it afterwards."""
-
-    qkd: QKDInfo | None = None
-
-    def connect(self) -> None:
-        super().connect()
-        self.qkd = self.sock.qkd if isinstance(self.sock, QKDSocket) else None
-
-
-class _QKDConnectionPool(HTTPSConnectionPool):
-    ConnectionCls = _QKDConnection
-
-
-def _use_qkd_pools(manager: PoolManager) -> None:
-    manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": _QKDConnectionPool}
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,0 +1,89 @@
+"""`aiohttp`'s client over hybrid connections, whose event loop never waits for a KMS.
+
+::
+
+    async with aiohttp.ClientSession(connector=QKDConnector(context), response_class=QKDResponse) as session:
+        async with session.get("https://server.example/") as response:
+            print(response.qkd)
+
+`aiohttp.TCPConnector(ssl=context)` works too. Then the loop waits for the KMS, unless it is a `qkd_tls.aio.EventLoop`.
+So it is with the server, `web.TCPSite(runner, ssl_context=context)`: run it in that loop. There
+`request.transport.get_extra_info("ssl_object").qkd` says what protects a request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+
+from qkd_tls import aio
+from qkd_tls.context import QKDContext
+from qkd_tls.info import QKDInfo
+
+__all__ = ["QKDConnector", "QKDResponse"]
+
+
+class QKDConnector(aiohttp.TCPConnector):
+    """Makes the connections of a `ClientSession` with a `QKDContext`.
+
+    Args:
+        context: of a client. The `ssl` argument of a single request still goes before it.
+        options: keyword arguments of `aiohttp.TCPConnector`, without `ssl`.
+
+    A request raises what it always does: aiohttp.ClientSSLError has the `QKDError` as its cause.
+    """
+
+    def __init__(self, context: QKDContext, **options: Any) -> None:
+        super().__init__(ssl=context, **options)
+
+    # aiohttp has no public place to say how a connection is made: these two call create_connection and start_tls of
+    # self._loop.
+
+    async def _wrap_create_connection(self, *args: Any, **options: Any) -> Any:
+        return await aiohttp.TCPConnector._wrap_create_connection(_Connector(self), *args, **options)  # type: ignore[arg-type]
+
+    async def _start_tls_connection(self, *args: Any, **options: Any) -> Any:
+        return await aiohttp.TCPConnector._start_tls_connection(_Connector(self), *args, **options)  # type: ignore[arg-type]
+
+
+class QKDResponse(aiohttp.ClientResponse):
+    """A response that remembers what protected its connection, of which aiohttp lets go as soon as all has come."""
+
+    qkd: QKDInfo | None = None
+    """None where the connection is not that of a `QKDContext`."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        """Called by aiohttp."""
+        self.qkd = getattr(connection.transport.get_extra_info("ssl_object"), "qkd", None)
+        return await super().start(connection)
+
+
+class _Connector:
+    """A connector in another loop, so to speak."""
+
+    def __init__(self, connector: QKDConnector) -> None:
+        self._connector = connector
+        self._loop = _Loop(connector._loop)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connector, name)
+
+
+class _Loop:
+    """A loop whose functions for TLS are those of `qkd_tls.aio`."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    async def create_connection(self, factory: Any, *args: Any, ssl: Any = None, **options: Any) -> Any:
+        if isinstance(ssl, QKDContext):
+            return await aio.create_connection(factory, *args, ssl=ssl, **options)
+        return await self._loop.create_connection(factory, *args, ssl=ssl, **options)
+
+    async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **options: Any) -> Any:
+        start_tls = aio.start_tls if isinstance(sslcontext, QKDContext) else self._loop.start_tls
+        return await start_tls(transport, protocol, sslcontext, **options)

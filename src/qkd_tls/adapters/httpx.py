@@ -1,0 +1,120 @@
+"""`httpx` over hybrid connections.
+
+`httpx.Client(verify=context)` and `httpx.AsyncClient(verify=context)` take the context as it is. In the second the
+event loop waits while a KMS is asked. With this transport it does not, under asyncio and trio::
+
+    httpx.AsyncClient(transport=QKDAsyncTransport(context))
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable
+from typing import Any
+
+import anyio
+import httpcore
+import httpx
+
+from qkd_tls.adapters.anyio import wrap_stream
+from qkd_tls.context import QKDContext
+from qkd_tls.info import QKDInfo
+
+__all__ = ["QKDAsyncTransport", "qkd_info"]
+
+
+class QKDAsyncTransport(httpx.AsyncHTTPTransport):
+    """Sends the requests of an `httpx.AsyncClient` over connections of a `QKDContext`; the loop never waits for a KMS.
+
+    A client with a transport of its own ignores what else is said to it about connections (`http2`, `limits`, `proxy`,
+    proxies of the environment): say it here.
+
+    Args:
+        context: of a client.
+        options: keyword arguments of `httpx.AsyncHTTPTransport`, without `verify` and `cert`.
+
+    A request raises what it always does: the `QKDError` behind an httpx.ConnectError is its `__cause__.__context__`. A
+    request that is cancelled, or whose time to connect is over, while a KMS is asked waits for the answer, so that the
+    keys in it are wiped.
+    """
+
+    def __init__(self, context: QKDContext, **options: Any) -> None:
+        super().__init__(verify=context, **options)
+        # httpx cannot be given a backend; httpcore can.
+        self._pool._network_backend = _Backend()
+
+
+def qkd_info(response: httpx.Response) -> QKDInfo:
+    """What protected the connection that this response came over, of a `Client` or an `AsyncClient`.
+
+    Raises ValueError where it did not come over the connection of a `QKDContext`.
+    """
+    stream = response.extensions.get("network_stream")
+    info = getattr(stream and stream.get_extra_info("ssl_object"), "qkd", None)
+    if not isinstance(info, QKDInfo):
+        raise ValueError("the response did not come over a hybrid connection's context")
+    return info
+
+
+class _Backend(httpcore.AsyncNetworkBackend):
+    """httpcore's own, whose connections shake hands in another way."""
+
+    def __init__(self) -> None:
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._inner.connect_tcp(host, port, timeout, local_address, socket_options))
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._inner.connect_unix_socket(path, timeout, socket_options))
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A connection before TLS: that of httpcore, but for `start_tls`."""
+
+    def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
+        self._inner = inner
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._inner.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        if not isinstance(ssl_context, QKDContext):  # to a proxy
+            return await self._inner.start_tls(ssl_context, server_hostname, timeout)
+        plain = self._inner._stream  # type: ignore[attr-defined]
+        try:
+            with anyio.fail_after(timeout):
+                tls = await wrap_stream(
+                    plain, ssl_context, hostname=server_hostname, standard_compatible=False
+                )
+        except TimeoutError as error:
+            await self.aclose()
+            raise httpcore.ConnectTimeout(str(error)) from error
+        except (OSError, anyio.BrokenResourceError, anyio.EndOfStream) as error:
+            await self.aclose()
+            raise httpcore.ConnectError(str(error)) from error
+        # httpcore's class for what anyio has made.
+        return type(self._inner)(tls)  # type: ignore[call-arg]

@@ -1,0 +1,92 @@
+"""`redis-py` over hybrid connections. It makes its contexts itself, so it is given a class of connections::
+
+    client = redis.Redis.from_url("redis://server.example:6380/0", connection_class=QKDConnection, qkd_context=context)
+    print(qkd_info(client))
+
+With `redis.asyncio` it is `AsyncQKDConnection`, and the event loop never waits for a KMS.
+Redis itself does not speak qkd-tls: at its side is a tunnel, or another server of this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from qkd_tls import aio
+from qkd_tls.context import QKDContext
+from qkd_tls.info import QKDInfo
+
+__all__ = ["AsyncQKDConnection", "QKDConnection", "qkd_info"]
+
+
+class QKDConnection(redis.SSLConnection):
+    """A connection of a `QKDContext`, for pools and `from_url` of `redis`.
+
+    Args:
+        qkd_context: of a client. All TLS settings are the context's.
+        options: keyword arguments of `redis.Connection`.
+
+    Raises ValueError where one of redis-py's own TLS settings (`ssl_...`) is given too.
+    """
+
+    def __init__(self, *, qkd_context: QKDContext, **options: Any) -> None:
+        _refuse_tls_settings(options)
+        self._qkd_context = qkd_context
+        super().__init__(**options)
+
+    def _wrap_socket_with_ssl(self, sock: Any) -> Any:
+        return self._qkd_context.wrap_socket(sock, server_hostname=self.host)
+
+    @property
+    def qkd(self) -> QKDInfo | None:
+        """What protects the connection; None before it is there."""
+        return getattr(self._sock, "qkd", None)
+
+
+class AsyncQKDConnection(redis.asyncio.Connection):
+    """The same for `redis.asyncio`. `socket_connect_timeout` is for TCP and once more for TLS, the KMS included."""
+
+    def __init__(self, *, qkd_context: QKDContext, **options: Any) -> None:
+        _refuse_tls_settings(options)
+        self._qkd_context = qkd_context
+        super().__init__(**options)
+
+    async def _connect(self) -> None:
+        await super()._connect()  # type: ignore[no-untyped-call]
+        assert self._writer is not None
+        try:
+            async with asyncio.timeout(self.socket_connect_timeout):
+                await aio.upgrade_streams(self._writer, self._qkd_context, server_hostname=self.host)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    @property
+    def qkd(self) -> QKDInfo | None:
+        """What protects the connection; None before it is there."""
+        return getattr(self._writer and self._writer.get_extra_info("ssl_object"), "qkd", None)
+
+
+def qkd_info(client: redis.Redis) -> QKDInfo:
+    """What protects the connection that the client's next command goes over; connects where there is none.
+
+    For `redis.asyncio` ask a connection of the pool: its `qkd`. Raises ValueError for other connections.
+    """
+    connection = client.connection_pool.get_connection()
+    try:
+        info = getattr(connection, "qkd", None)
+    finally:
+        client.connection_pool.release(connection)
+    if not isinstance(info, QKDInfo):
+        raise ValueError("the client's connections are not of class QKDConnection")
+    return info
+
+
+def _refuse_tls_settings(options: dict[str, Any]) -> None:
+    if given := sorted(name for name in options if name.startswith("ssl_")):
+        raise ValueError(
+            f"{', '.join(given)} has no effect on a hybrid connection: configure the context instead"
+        )

@@ -1,0 +1,63 @@
+"""`urllib3` over hybrid connections. A pool takes the context as it is; here is what tells how a response came.
+
+::
+
+    pool = with_qkd_info(urllib3.PoolManager(ssl_context=context))
+    response = pool.request("GET", "https://server.example/")
+    print(qkd_info(response))
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from urllib3 import BaseHTTPResponse, HTTPResponse, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPSConnection
+
+from qkd_tls.info import QKDInfo
+from qkd_tls.socket import QKDSocket
+
+__all__ = ["qkd_info", "with_qkd_info"]
+
+_Manager = TypeVar("_Manager", bound=PoolManager)
+
+
+def with_qkd_info(manager: _Manager) -> _Manager:
+    """Let the responses of a `PoolManager` or `ProxyManager` remember what protected them; call it before requests.
+
+    Where the proxy itself is reached over TLS, a `QKDContext` cannot be used: NotImplementedError.
+    """
+    manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": _QKDConnectionPool}
+    return manager
+
+
+def qkd_info(response: BaseHTTPResponse) -> QKDInfo:
+    """What protected the connection that this response came over.
+
+    Raises ValueError where it came neither through `with_qkd_info` nor over the connection of a `QKDContext`.
+    """
+    info = getattr(response, "qkd", None)
+    if not isinstance(info, QKDInfo):
+        raise ValueError(
+            "the response did not come over a hybrid connection's context, or not by with_qkd_info()"
+        )
+    return info
+
+
+class _QKDConnection(HTTPSConnection):
+    """Keeps what protected it: `http.client` lets go of the socket at once where the server closes it afterwards."""
+
+    qkd: QKDInfo | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        self.qkd = self.sock.qkd if isinstance(self.sock, QKDSocket) else None
+
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]
+        response = super().getresponse()
+        response.qkd = self.qkd  # type: ignore[attr-defined]
+        return response
+
+
+class _QKDConnectionPool(HTTPSConnectionPool):
+    ConnectionCls = _QKDConnection
