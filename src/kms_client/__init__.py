@@ -24,6 +24,8 @@ from .local import LocalKeyManager
 from .manager import KeyManager, KMSStatus
 from .pool import KeyPool, PoolStatistics
 from .secure_site import SecureSite
+from .skip import SkipClient
+from .skip_messages import SkipCapabilities
 
 __all__ = [
     "BreakerState",
@@ -46,6 +48,8 @@ __all__ = [
     "PoolStatistics",
     "QKDKey",
     "SecureSite",
+    "SkipCapabilities",
+    "SkipClient",
     "UnknownKey",
     "UnknownSAE",
     "wipe_keys",

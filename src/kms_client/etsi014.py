@@ -35,7 +35,7 @@ from .keys import QKDKey, wipe_keys
 from .manager import KMSStatus, check_key_ids, check_number_and_size
 from .secure_site import SecureSite
 
-__all__ = ["Etsi014Client"]
+__all__ = ["DeliveredKeys", "Etsi014Client"]
 
 _MAX_BODY = 1 << 20  # bytes, whatever was asked for
 _BYTES_PER_ENTRY = 4096  # an ID and extensions
@@ -159,7 +159,7 @@ class Etsi014Client:
             read_timeout=read_timeout,
         )
         self.name = self._https.url
-        self._delivered = _Delivered()
+        self._delivered = DeliveredKeys()
         self._size = size
         self._master_in_key_ids = master_in_key_ids
 
@@ -361,10 +361,11 @@ class Etsi014Client:
         raise KMSProtocolError(problem, kms=self.name, peer=peer, key_ids=key_ids, status=answer.status)
 
 
-class _Delivered:
+class DeliveredKeys:
     """The keys delivered last, by call, peer and ID."""
 
     def __init__(self) -> None:
+        """Start with none."""
         self._lock = threading.Lock()
         self._known: set[tuple[str, str, str]] = set()
         self._order: deque[tuple[str, str, str]] = deque()

@@ -20,6 +20,7 @@ __all__ = [
     "build_key_ids_request",
     "build_key_request",
     "error_text",
+    "json_object",
     "parse_key_container",
     "parse_status",
 ]
@@ -88,7 +89,7 @@ def parse_status(body: bytes | bytearray, *, quirks: set[str]) -> KMSStatus:
     Raises:
         Malformed: a number is missing or is none.
     """
-    status = _object(body)
+    status = json_object(body)
     _compare(status, _STATUS | {"status_extension"}, quirks)
     if not status.keys() >= _STATUS:
         quirks.add("missing members")
@@ -122,7 +123,7 @@ def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) 
     Raises:
         Malformed: anything else; keys parsed before are wiped.
     """
-    container = _object(body)
+    container = json_object(body)
     _compare(container, _KEY_CONTAINER, quirks)
     entries = _member(container, "keys", "Keys", quirks)
     if not isinstance(entries, list):
@@ -160,7 +161,7 @@ def error_text(body: bytes | bytearray, *, quirks: set[str]) -> str:
         quirks.add("empty error body")
         return ""
     try:
-        document = _object(body)
+        document = json_object(body)
     except Malformed:
         quirks.add("error body is no JSON object")
         return ""
@@ -175,7 +176,12 @@ def error_text(body: bytes | bytearray, *, quirks: set[str]) -> str:
     return _LONG_RUN.sub(lambda run: run[0] if _HARMLESS_RUN.fullmatch(run[0]) else "[...]", text)
 
 
-def _object(body: bytes | bytearray) -> dict[str, Any]:
+def json_object(body: bytes | bytearray) -> dict[str, Any]:
+    """What an answer holds.
+
+    Raises:
+        Malformed: it is not a JSON object.
+    """
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

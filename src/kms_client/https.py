@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -30,7 +30,7 @@ from .credentials import FilePath, Password, client_context, hidden
 from .errors import KMSAuthenticationError, KMSError, KMSProtocolError, KMSTimeout, KMSUnavailable, shown
 from .secure_site import SecureSite, has_ml_kem
 
-__all__ = ["Answer", "HTTPSClient"]
+__all__ = ["Answer", "HTTPSClient", "WrapsSockets"]
 
 _CHUNK = 1 << 16  # bytes
 _LOST_HINT = (
@@ -59,6 +59,14 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[!-~](?:[ \t!-~]*[!-~])?|")
 
 
+class WrapsSockets(Protocol):
+    """What makes TLS of a connected socket, as an `ssl.SSLContext` does, and authenticates the server by itself."""
+
+    def wrap_socket(self, sock: socket.socket, *, server_hostname: str | None) -> ssl.SSLSocket:
+        """Shake hands, within the socket's timeout."""
+        ...
+
+
 @dataclass
 class Answer:
     """An HTTP answer; `body` may hold keys and is to be wiped by whoever got it."""
@@ -82,6 +90,7 @@ class HTTPSClient:
         pkcs12: path of a PKCS#12 file with certificate chain and private key, instead of `cert` and `key`.
         key_password: of the private key or the PKCS#12 file: the password, the `Path` of a file, or a function.
         ssl_context: instead of all of these, a context that has them loaded.
+        psk_context: instead of all of these, what makes connections that a pre-shared key authenticates both ways.
         server_hostname: the name that the KME's certificate must have, if it is not the URL's host.
         unix_socket: path of a Unix socket to connect to, instead of the URL's host and port.
         site: the addresses that a KME may have; None for those of this host.
@@ -106,6 +115,7 @@ class HTTPSClient:
         pkcs12: FilePath | None = None,
         key_password: Password | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        psk_context: WrapsSockets | None = None,
         server_hostname: str | None = None,
         unix_socket: FilePath | None = None,
         site: SecureSite | None = None,
@@ -129,8 +139,12 @@ class HTTPSClient:
         self.url = url.rstrip("/")
         self._headers = _checked_headers(headers or {})
         self._timeout = (connect_timeout, read_timeout)
+        instead = (cert, key, ca, pkcs12, key_password)
+        if psk_context is not None and any(part is not None for part in (ssl_context, *instead)):
+            raise ValueError("give either psk_context or certificates: with a pre-shared key there are none")
         if ssl_context is not None:
-            _check_context(ssl_context, cert, key, ca, pkcs12, key_password)
+            _check_context(ssl_context, *instead)
+        self._proof = "this SAE's certificate" if psk_context is None else "the pre-shared key"
         self._link = _Link(
             url=self.url,
             host=parts.hostname,
@@ -138,8 +152,9 @@ class HTTPSClient:
             server_hostname=server_hostname,
             unix_socket=None if unix_socket is None else os.fspath(unix_socket),
             site=site or SecureSite(),
-            may_have_ml_kem=ssl_context is not None,
-            context=ssl_context
+            may_have_ml_kem=ssl_context is not None or psk_context is not None,
+            context=psk_context
+            or ssl_context
             or client_context(
                 cert=cert, key=key, ca=ca, pkcs12=pkcs12, key_password=key_password, kms=self.url
             ),
@@ -166,7 +181,7 @@ class HTTPSClient:
             KMSProtocolError: the answer is no HTTP, too large, or encoded.
         """
         if self._closed:
-            raise KMSUnavailable("this key manager is closed", kms=self.url, hint="Make a new Etsi014Client.")
+            raise KMSUnavailable("this key manager is closed", kms=self.url, hint="Make a new client.")
         failure: KMSError
         try:
             with self._session() as session:
@@ -264,9 +279,9 @@ class HTTPSClient:
         failure = caused_by(ssl.SSLError)
         if failure is not None and not isinstance(failure, ssl.SSLEOFError):
             reason = failure.reason or "unknown reason"
-            if "ALERT" in reason:
+            if "ALERT" in reason or "PSK" in reason:
                 return KMSAuthenticationError(
-                    f"the KME ended the TLS handshake ({reason}): it probably refused this SAE's certificate",
+                    f"the KME ended the TLS handshake ({reason}): it probably refused {self._proof}",
                     kms=self.url,
                 )
             return KMSProtocolError(f"TLS failed ({reason})", kms=self.url)
@@ -382,7 +397,7 @@ class _Link:
     unix_socket: str | None
     site: SecureSite
     may_have_ml_kem: bool
-    context: ssl.SSLContext = field(repr=False)
+    context: WrapsSockets = field(repr=False)
     quirks: set[str] = field(repr=False)
 
     def protect(self, sock: socket.socket) -> ssl.SSLSocket:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..etsi014 import Etsi014Client
+from ..skip import SkipClient
 from .kme import KME, Faults, Limits, server_context
 from .link import DirectLink
 from .pki import KME_ID_A, KME_ID_B, DemoPKI, ensure_demo_pki
@@ -33,6 +34,7 @@ class KMEPair:
         initial: keys of each direction at the start; None for a full buffer.
         more_saes: IDs of further SAEs, as {"a": [...], "b": [...]}.
         limits: of requests.
+        local_slaves: whether SAEs of one KME can share keys with each other, and with themselves.
         on_delivery: called with every delivery.
     """
 
@@ -45,6 +47,7 @@ class KMEPair:
         initial: int | None = None,
         more_saes: dict[Side, Iterable[str]] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        local_slaves: bool = False,
         on_delivery: Callable[[Delivery], None] | None = None,
     ) -> None:
         """Serve with `start`."""
@@ -62,6 +65,7 @@ class KMEPair:
                 stores[0],
                 self._link.end_a,
                 limits=limits,
+                local_slaves=local_slaves,
                 on_delivery=on_delivery,
             ),
             "b": KME(
@@ -72,6 +76,7 @@ class KMEPair:
                 stores[1],
                 self._link.end_b,
                 limits=limits,
+                local_slaves=local_slaves,
                 on_delivery=on_delivery,
             ),
         }
@@ -156,13 +161,20 @@ class RunningPair:
 
     def client(self, side: Side, **settings: Any) -> Etsi014Client:
         """A new client of one KME with the certificate of its SAE; `settings` as of `Etsi014Client`."""
+        return Etsi014Client(self._url(side), **{**self._credentials(side), **settings})
+
+    def skip_client(self, side: Side, **settings: Any) -> SkipClient:
+        """The same for SKIP; `settings` as of `SkipClient`."""
+        return SkipClient(self._url(side), **{**self._credentials(side), **settings})
+
+    def _url(self, side: Side) -> str:
+        return self.url_a if side == "a" else self.url_b
+
+    def _credentials(self, side: Side) -> dict[str, Any]:
         pki = self.pki
         if side == "a":
-            defaults = {"sae_id": pki.sae_a, "cert": pki.sae_a_cert, "key": pki.sae_a_key}
-        else:
-            defaults = {"sae_id": pki.sae_b, "cert": pki.sae_b_cert, "key": pki.sae_b_key}
-        url = self.url_a if side == "a" else self.url_b
-        return Etsi014Client(url, **{"ca": pki.kms_ca, **defaults, **settings})
+            return {"sae_id": pki.sae_a, "cert": pki.sae_a_cert, "key": pki.sae_a_key, "ca": pki.kms_ca}
+        return {"sae_id": pki.sae_b, "cert": pki.sae_b_cert, "key": pki.sae_b_key, "ca": pki.kms_ca}
 
     def close(self) -> None:
         """Stop both KMEs."""
@@ -184,6 +196,7 @@ def run_pair(
     sae_b: str = "SAE-B",
     more_saes: dict[Side, Iterable[str]] | None = None,
     limits: Limits = Limits(),  # noqa: B008 - immutable
+    local_slaves: bool = False,
     source: KeySource | None = None,
 ) -> Iterator[RunningPair]:
     """A pair of KMEs on free ports of 127.0.0.1, in a background thread, for the length of a `with` block.
@@ -198,6 +211,7 @@ def run_pair(
         sae_b: SAE ID of side B.
         more_saes: IDs of further SAEs, as {"a": [...], "b": [...]}; `add_sae` gives them certificates.
         limits: of requests.
+        local_slaves: whether SAEs of one KME can share keys with each other, and with themselves.
         source: of the keys, instead of the operating system's generator with `rate` and `key_size`.
     """
     with ExitStack() as stack:
@@ -211,6 +225,7 @@ def run_pair(
             initial=initial,
             more_saes=more_saes,
             limits=limits,
+            local_slaves=local_slaves,
         )
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="qkd-kme", daemon=True)

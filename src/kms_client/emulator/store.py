@@ -12,11 +12,13 @@ Not thread-safe: one event loop owns it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-__all__ = ["Assignment", "Delivery", "KeyStore", "NotASlave", "NotFound"]
+__all__ = ["Assignment", "Delivery", "KeyStore", "NotASlave", "NotFound", "Role"]
+
+Role = Literal["master", "slave"]
 
 
 class Delivery(NamedTuple):
@@ -24,7 +26,7 @@ class Delivery(NamedTuple):
 
     key_id: str
     sae_id: str
-    role: Literal["master", "slave"]
+    role: Role
 
 
 class Assignment(NamedTuple):
@@ -39,6 +41,10 @@ class Assignment(NamedTuple):
     size: int  # bits
     master_sae_id: str
     slave_sae_ids: tuple[str, ...]
+
+    def without(self, sae_ids: Collection[str]) -> Assignment:
+        """The same with fewer slaves, perhaps none."""
+        return self._replace(slave_sae_ids=tuple(sae for sae in self.slave_sae_ids if sae not in sae_ids))
 
 
 class NotFound(Exception):
@@ -110,14 +116,23 @@ class KeyStore:
         return Assignment(ids[0], ids, size, master_sae_id, tuple(slave_sae_ids)), secret
 
     def assign(self, assignment: Assignment) -> None:
-        """Reserve held keys for the slaves of an assignment.
+        """Reserve held keys for the slaves of an assignment; without slaves, give them up.
 
         Raises:
             NotFound: a part is not held here.
         """
         if any(part not in self._held for part in assignment.parts):
             raise NotFound
-        secret = _join([self._held.pop(part) for part in assignment.parts], assignment.size)
+        self._reserve(assignment, _join([self._held.pop(part) for part in assignment.parts], assignment.size))
+
+    def keep(self, assignment: Assignment, secret: bytearray) -> None:
+        """Reserve a copy of a key that was taken at this end, for slaves at this end, if there are any."""
+        self._reserve(assignment, bytearray(secret))
+
+    def _reserve(self, assignment: Assignment, secret: bytearray) -> None:
+        if not assignment.slave_sae_ids:
+            _zero(secret)
+            return
         if len(self._assigned) >= self.max_key_count:
             _zero(self._assigned.popitem(last=False)[1].secret)
         self._assigned[assignment.key_id] = _Assigned(
