@@ -47,7 +47,9 @@ nitpick_ignore_regex = [
         r"py:.*",
         r"(ssl|socket|os|io|enum|collections|contextlib|dataclasses|pathlib|threading|types|typing)(\..*)?",
     ),
-    (r"py:.*", r"(requests|urllib3|cryptography|OpenSSL)(\..*)?"),
+    (r"py:.*", r"(requests|urllib3|cryptography|OpenSSL|asyncio|_ssl)(\..*)?"),
+    (r"py:.*", r"(aiohttp|anyio|httpx|httpcore|hypercorn|redis|uvicorn|yarl|multidict)(\..*)?"),
+    (r"py:class", r"(Trace|ClientSession)"),
     (
         r"py:exc",
         r"(SSL\w*Error|\w*Warning|OSError|TimeoutError|ValueError|TypeError|RuntimeError|ImportError)",
