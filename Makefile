@@ -26,6 +26,8 @@ docs: $(VENV)/docs.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/handshake.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/key_pool.py
+	$(BIN)/python benchmarks/tunnel.py
 
 clean:
 	rm -rf $(VENV) node_modules build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
