@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +28,7 @@ from kms_client import (
     UnknownSAE,
 )
 from kms_client.emulator import Limits, RunningPair, run_pair
+from qkd_tls import QKDInfo, create_default_context
 from qkd_tls.psk_context import PSKContext
 
 SECRET = bytes(range(48))
@@ -169,6 +172,36 @@ class TestWithOthers:
                 assert secret_of(other.get_keys_by_id("SAE-A", [key.key_id])[0]) == secret_of(key)
             manager.close()
             other.close()
+
+    def test_a_hybrid_connection(self, pair: RunningPair, sae_a: SkipClient, sae_b: SkipClient) -> None:
+        client = create_default_context(cafile=str(pair.pki.app_ca), key_manager=sae_a)
+        server = create_default_context(ssl.Purpose.CLIENT_AUTH, key_manager=sae_b)
+        server.load_cert_chain(pair.pki.server_cert, pair.pki.server_key)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            near = socket.create_connection(listening.getsockname(), 20)
+            far, _ = listening.accept()
+        far.settimeout(20)
+        infos: list[QKDInfo | None] = []
+
+        def serve() -> None:
+            with server.wrap_socket(far, server_side=True) as tls:
+                infos.append(tls.qkd)
+                tls.sendall(tls.recv(100))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with client.wrap_socket(near, server_hostname="localhost") as tls:
+            tls.sendall(b"hello")
+            assert tls.recv(100) == b"hello"
+            assert tls.qkd is not None
+            assert (str(tls.qkd.protection), tls.qkd.kms_protocol, tls.qkd.kms) == (
+                "hybrid",
+                "skip",
+                sae_a.name,
+            )
+        thread.join()
+        assert infos[0] is not None
+        assert (infos[0].key_id, infos[0].kms) == (tls.qkd.key_id, sae_b.name)
 
 
 class PSKProvider(ThreadingHTTPServer):

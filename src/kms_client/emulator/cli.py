@@ -45,6 +45,12 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--record", type=Path, metavar="FILE", help="append a line of JSON for each delivery; no keys in it"
     )
 
+    link.add_argument(
+        "--local-slaves",
+        action="store_true",
+        help="let SAEs of one KME share keys with each other, and with themselves",
+    )
+
     pair = commands.add_parser("pair", parents=[common, link], help="run both KMEs in one process")
     pair.add_argument("--port-a", type=int, default=0, help="0 (default) for a free port")
     pair.add_argument("--port-b", type=int, default=0, help="0 (default) for a free port")
@@ -73,6 +79,7 @@ def _run_pair(arguments: argparse.Namespace, stack: ExitStack) -> None:
         OSRandomSource(arguments.rate, arguments.key_size),
         buffer=arguments.buffer,
         initial=arguments.initial,
+        local_slaves=arguments.local_slaves,
         on_delivery=_recorder(arguments, stack),
     )
 
@@ -101,7 +108,15 @@ def _run_serve(arguments: argparse.Namespace, stack: ExitStack) -> None:
         context = server_context(cert, key, pki.kms_ca)
         link_host, link_port = _host_and_port(arguments.link)
         link = ConnectingLink(store, ids[1], _link_client_context(cert, key, pki))
-    kme = KME(*ids, saes[:1], saes[1:], store, link, on_delivery=_recorder(arguments, stack))
+    kme = KME(
+        *ids,
+        saes[:1],
+        saes[1:],
+        store,
+        link,
+        local_slaves=arguments.local_slaves,
+        on_delivery=_recorder(arguments, stack),
+    )
 
     async def start() -> dict[str, Any]:
         await kme.start(arguments.host, arguments.port, context)
