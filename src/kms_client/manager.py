@@ -42,7 +42,7 @@ class KeyManager(Protocol):
 
     @property
     def protocol(self) -> str:
-        """Name of the interface as used on the wire between peers: "etsi-014", "local"."""
+        """Name of the interface as used on the wire between peers: "etsi-014", "skip", "local"."""
         ...
 
     @property
