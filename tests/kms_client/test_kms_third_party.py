@@ -15,7 +15,6 @@ import pytest
 from etsi_qkd_014_client import QKD014Client  # type: ignore[import-untyped]
 from qkdsec.client import ETSI014Client, KMEHTTPError  # type: ignore[import-untyped]
 from qkdsec.doctor import format_json, run_all  # type: ignore[import-untyped]
-from skip_qkd import MTLSConfig, SkipQKDClient  # type: ignore[import-untyped]
 
 from kms_client.emulator import DemoPKI, RunningPair, run_pair
 
@@ -108,12 +107,18 @@ class TestQkdsec:
 
 
 class TestSkipQkd:
+    @pytest.fixture(autouse=True)
+    def _library(self) -> None:
+        self.library = pytest.importorskip(
+            "skip_qkd",
+            reason="skip-qkd is not installed: it needs a compiler and OpenSSL's headers (dependency group 'compiled')",
+        )
+
     def client(self, pair: RunningPair, side: str) -> Any:
         """For one request: it does not open a second connection."""
         url = pair.url_a if side == "a" else pair.url_b
-        return SkipQKDClient(
-            url.removeprefix("https://"), "KP", MTLSConfig(str(pair.pki.kms_ca), *certificate(pair.pki, side))
-        )
+        files = self.library.MTLSConfig(str(pair.pki.kms_ca), *certificate(pair.pki, side))
+        return self.library.SkipQKDClient(url.removeprefix("https://"), "KP", files)
 
     def test_capabilities(self, pair: RunningPair) -> None:
         assert self.client(pair, "a").capabilities() == {
