@@ -79,7 +79,7 @@ class Association:
                 derived = derive_psk(
                     secret, self.secret, identity, self.client_sae_id, self.server_sae_id, kdf
                 )
-        return PSK(identity, derived, kdf, key_id, announced)
+        return PSK(identity, derived, kdf, key_id, announced, key.kms)
 
     def _open_tagger(self) -> HMAC:
         # A wiped secret must never be mixed: zeros would stand in for X25519 and ML-KEM.

@@ -18,6 +18,8 @@ class PSK:
     kdf: KDF
     key_id: str
     announced: bool = False
+    kms: str = ""
+    """The KME that delivered the key; "" where the key does not say."""
 
     def wipe(self) -> None:
         """Overwrite the secret. OpenSSL cleanses its own copies when the connection is freed."""

@@ -277,12 +277,13 @@ class Engine(abc.ABC):
         """A binder that does not fit means that the two sides hold different keys for one key ID."""
         if self._psk is None or error.reason not in ("BINDER_DOES_NOT_VERIFY", "TLSV1_ALERT_DECRYPT_ERROR"):
             return None
+        kms = self._psk.kms or self._config.kms
         return QKDKeyMismatch(
             f"the two sides hold different keys for key ID {self._psk.key_id} ({error.reason}); this side's came from "
-            f"{self._config.kms}",
+            f"{kms}",
             hint="check that the KMEs of both sites belong to one link and are in step; if they are, somebody "
             "is in between",
-            kms=self._config.kms,
+            kms=kms,
             key_ids=(self._psk.key_id,),
         )
 
@@ -368,7 +369,7 @@ class Engine(abc.ABC):
             alpn=alpn,
             path=Path.BOOTSTRAP if self._bootstrapped else Path.ASSOCIATED,
             key_id=self._psk.key_id,
-            kms=self._config.kms,
+            kms=self._psk.kms or self._config.kms,
             kms_protocol=self._config.kms_protocol,
             client_sae_id=association.client_sae_id,
             server_sae_id=association.server_sae_id,
