@@ -1,4 +1,4 @@
-"""Configuration files: TOML, read strictly; and the KMEs and TLS contexts that they describe.
+"""Configuration files: TOML, read strictly. What the tables of a file mean is in `configured`.
 
 Every mistake is a `ConfigError` that names file, table and key. Unknown keys are mistakes: a misspelt limit must not be
 no limit. Secrets are never in the file itself, which names the files that they are in.
@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import ssl
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kms_client import Etsi014Client, KeyManager, KMSError, SecureSite
-from qkd_tls.context import QKDContext
-from qkd_tls.hybrid import KDF
-from qkd_tls.policy import Policy
+__all__ = ["REQUIRED", "ConfigError", "Table", "read_file"]
 
-__all__ = ["ConfigError", "KMESettings", "TLSFiles", "Table", "read_file"]
-
-_REQUIRED: Final[Any] = object()
+REQUIRED: Final[Any] = object()
+"""The default of a key that must be there."""
 _LONGEST: Final = 1e9
 """Seconds; about 31 years."""
 
@@ -68,21 +62,26 @@ class Table:
     def __contains__(self, key: str) -> bool:
         return key in self._content
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in their order in the file."""
+        return iter(self._content)
+
     # --- values
 
     def _take(self, key: str, kind: Any, kind_name: str, default: Any) -> Any:
         self._taken[key] = None
         if key not in self._content:
-            if default is _REQUIRED:
+            if default is REQUIRED:
                 raise self.error(key, "is missing")
             return default
         value = self._content[key]
         # TOML's true is no number, though Python's is.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(key, f"must be {kind_name}, not {value!r}")
+            hint = "; a key with a dot in it is written in quotes" if isinstance(value, dict) else ""
+            raise self.error(key, f"must be {kind_name}, not {value!r}{hint}")
         return value
 
-    def take_text(self, key: str, default: Any = _REQUIRED) -> Any:
+    def take_text(self, key: str, default: Any = REQUIRED) -> Any:
         """A non-empty string."""
         value = self._take(key, str, "a string", default)
         if value == "":
@@ -100,7 +99,7 @@ class Table:
             raise self.error(key, f"must be {least} to {most}, not {value}")
         return value
 
-    def take_seconds(self, key: str, default: Any = _REQUIRED, *, zero: bool = False) -> Any:
+    def take_seconds(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> Any:
         """A positive number of seconds; 0 too where that means something."""
         value = self._take(key, (int, float), "a number of seconds", default)
         if value is None:
@@ -121,12 +120,24 @@ class Table:
             raise self.error(key, "must be a list of one or more non-empty strings")
         return tuple(value)
 
-    def take_choice(self, key: str, choices: tuple[str, ...], default: Any = _REQUIRED) -> str:
+    def take_names(self, key: str, default: Any = REQUIRED) -> Any:
+        """One name, or a list of different ones; as a tuple."""
+        if isinstance(self._content.get(key), str):
+            return (self.take_text(key),)
+        value = self._take(key, list, "a name or a list of names", default)
+        if value is None:
+            return None
+        names: tuple[str, ...] = self.take_list(key, ()) or ()
+        if len(set(names)) < len(names):
+            raise self.error(key, "has a name twice")
+        return names
+
+    def take_choice(self, key: str, choices: tuple[str, ...], default: Any = REQUIRED) -> Any:
         """One of a few words."""
         value = self.take_text(key, default)
-        if value not in choices:
+        if value is not default and value not in choices:
             raise self.error(key, f"must be {' or '.join(choices)}, not {value!r}")
-        return str(value)
+        return value
 
     # --- files
 
@@ -134,7 +145,7 @@ class Table:
         """A path as the file means it: relative to the folder that the file is in."""
         return self.file.parent / text
 
-    def take_file(self, key: str, default: Any = _REQUIRED) -> Any:
+    def take_file(self, key: str, default: Any = REQUIRED) -> Any:
         """The path of a file that can be read."""
         text = self.take_text(key, default)
         if text is None:
@@ -149,8 +160,11 @@ class Table:
             raise self.error(key, f"cannot read {path}: {error.strerror}") from None
         return path
 
-    def take_secret_file(self, key: str, default: Any = _REQUIRED) -> Any:
+    def take_secret_file(self, key: str, default: Any = REQUIRED) -> Any:
         """The same for a file that only its owner (and group) may read."""
+        if not isinstance(self._content.get(key, ""), str):
+            # Not shown: it may be the secret itself, such as a password of digits.
+            raise self.error(key, "must be a string, the path of a file")
         path = self.take_file(key, default)
         if path is not None:
             mode = stat.S_IMODE(path.stat().st_mode)
@@ -160,6 +174,20 @@ class Table:
                     f"everybody on this machine may read or change {path} (mode {mode:04o}): chmod 600 it",
                 )
         return path
+
+    def take_secret(self, key: str) -> str:
+        """A string, or `{ file = "PATH" }` of a secret file that holds it in one line. It is in no message."""
+        value = self._content[key]
+        if isinstance(value, dict):
+            table = self.take_table(key)
+            path = table.take_secret_file("file")
+            table.finish()
+            # Any bytes are latin-1, so there is no error that would hold them.
+            return str(path.read_bytes().decode("latin-1").rstrip("\r\n"))
+        self._taken[key] = None
+        if not isinstance(value, str):
+            raise self.error(key, 'must be a string, or { file = "PATH" } of a file that holds it')
+        return value
 
     # --- tables
 
@@ -204,180 +232,3 @@ def read_file(path: Path) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, "", "", f"is not TOML: {error}") from None
     return Table(path, "", content)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KMESettings:
-    """A table `[kme.NAME]`: one KME as one SAE sees it."""
-
-    name: str
-    url: str
-    sae_id: str
-    cert: Path
-    key: Path
-    ca: Path
-    connect_timeout: float = 3.0
-    read_timeout: float = 5.0
-    key_size: int = 256
-    """Bits."""
-    master_in_key_ids: bool = False
-    site: tuple[str, ...] = ()
-    """Networks that the KME may be in, beside this host."""
-
-    @classmethod
-    def take(cls, name: str, table: Table) -> KMESettings:
-        """Read a table; every mistake raises ConfigError, those that `Etsi014Client` finds too."""
-        settings = cls(
-            name=name,
-            url=table.take_text("url"),
-            sae_id=table.take_text("sae_id"),
-            cert=table.take_file("cert"),
-            key=table.take_secret_file("key"),
-            ca=table.take_file("ca"),
-            connect_timeout=table.take_seconds("connect_timeout", 3.0),
-            read_timeout=table.take_seconds("read_timeout", 5.0),
-            key_size=table.take_int("key_size", 256, 256, 65536),
-            master_in_key_ids=table.take_bool("master_in_key_ids", False),
-            site=_take_site(table),
-        )
-        table.finish()
-        try:
-            settings.client().close()
-        except ValueError as error:
-            raise table.error("", str(error)) from None
-        except KMSError as error:
-            raise table.error("", str(error)) from None
-        return settings
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that the settings name."""
-        return self.cert, self.key, self.ca
-
-    def client(self) -> Etsi014Client:
-        """A new client of this KME, which is not contacted yet."""
-        return Etsi014Client(
-            self.url,
-            sae_id=self.sae_id,
-            cert=self.cert,
-            key=self.key,
-            ca=self.ca,
-            connect_timeout=self.connect_timeout,
-            read_timeout=self.read_timeout,
-            size=self.key_size,
-            master_in_key_ids=self.master_in_key_ids,
-            site=SecureSite(self.site),
-        )
-
-
-def _take_site(table: Table) -> tuple[str, ...]:
-    networks = table.take_list("site", None) or ()
-    try:
-        SecureSite(networks)
-    except ValueError as error:
-        raise table.error("site", str(error)) from None
-    return networks
-
-
-@dataclass(frozen=True, kw_only=True)
-class TLSFiles:
-    """A table `[tls.NAME]`: what a `QKDContext` is made of, for a client or for a server."""
-
-    server_side: bool
-    certificate: Path | None
-    key: Path | None
-    key_password_file: Path | None
-    ca: Path | None
-    """None: the system's."""
-    crl: Path | None
-    verify: ssl.VerifyMode
-    alpn: tuple[str, ...] | None
-    kme: str | None
-    """Name of the KME."""
-    policy: Policy
-    qkd: tuple[tuple[str, Any], ...]
-    """Further arguments of `QKDContext`."""
-
-    @classmethod
-    def take(cls, table: Table, *, server_side: bool) -> TLSFiles:
-        """Read a table for one side; raises ConfigError."""
-        policy = Policy(table.take_choice("policy", tuple(map(str, Policy)), str(Policy.REQUIRE)))
-        kme = table.take_text("kme", None if policy is Policy.OFF else _REQUIRED)
-        certificate = table.take_file("certificate", _REQUIRED if server_side else None)
-        key = table.take_secret_file("key", None)
-        if certificate is None and key is not None:
-            raise table.error("key", "is of no use without certificate")
-        if certificate is not None and key is None:
-            # It is in the certificate's file, which then is the secret one.
-            table.take_secret_file("certificate")
-        verify = ssl.CERT_REQUIRED
-        if server_side:
-            modes = {"require": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
-            verify = modes[table.take_choice("verify_client", tuple(modes), "require")]
-        needs_ca = server_side and verify is not ssl.CERT_NONE
-        ca = table.take_text("ca", _REQUIRED if needs_ca else None)
-        settings = cls(
-            server_side=server_side,
-            certificate=certificate,
-            key=key,
-            key_password_file=table.take_secret_file("key_password_file", None),
-            ca=None if ca in (None, "system") else table.take_file("ca"),
-            crl=table.take_file("crl", None),
-            verify=verify,
-            alpn=table.take_list("alpn", None),
-            kme=kme,
-            policy=policy,
-            qkd=tuple(_take_qkd(table, server_side)),
-        )
-        table.finish()
-        return settings
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that the settings name."""
-        named = (self.certificate, self.key, self.key_password_file, self.ca, self.crl)
-        return tuple(path for path in named if path is not None)
-
-    def context(self, key_manager: KeyManager | None) -> QKDContext:
-        """A new context. Raises ValueError, OSError or ssl.SSLError where the settings or the files do not do."""
-        context = QKDContext(
-            ssl.PROTOCOL_TLS_SERVER if self.server_side else ssl.PROTOCOL_TLS_CLIENT,
-            key_manager=key_manager,
-            policy=self.policy,
-            **dict(self.qkd),
-        )
-        context.verify_mode = self.verify
-        if self.ca is not None:
-            context.load_verify_locations(cafile=str(self.ca))
-        elif self.verify is not ssl.CERT_NONE:
-            context.load_default_certs(
-                ssl.Purpose.CLIENT_AUTH if self.server_side else ssl.Purpose.SERVER_AUTH
-            )
-        if self.crl is not None:
-            context.load_verify_locations(cafile=str(self.crl))
-            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-        if self.certificate is not None:
-            password = None
-            if self.key_password_file is not None:
-                password = self.key_password_file.read_text(encoding="utf-8").rstrip("\r\n")
-            # Without a password OpenSSL must not ask on a terminal.
-            context.load_cert_chain(self.certificate, self.key or self.certificate, password or "")
-        if self.alpn is not None:
-            context.set_alpn_protocols(self.alpn)
-        return context
-
-
-def _take_qkd(table: Table, server_side: bool) -> Iterator[tuple[str, Any]]:
-    """Arguments of QKDContext beside key manager and policy; only those of this side are known."""
-    allowed = table.take_list("allowed_peer_sae_ids", None)
-    yield "allowed_peer_sae_ids", allowed
-    yield "groups", table.take_list("groups", ("X25519MLKEM768",))
-    yield "association_lifetime", table.take_int("association_lifetime", 3600, 1, 10_000_000)
-    if server_side:
-        yield "max_keys", table.take_int("max_keys", 64, 1, 1000)
-        return
-    yield "peer_sae_id", table.take_text("peer_sae_id", None)
-    yield "announced_keys", table.take_int("announced_keys", 0, 0, 63)
-    yield "pipelined", table.take_bool("pipelined", True)
-    yield "kem", table.take_text("kem", None)
-    yield "kdf", KDF(table.take_choice("kdf", tuple(kdf.value for kdf in KDF), KDF.SHA384.value))

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from socket import socket as Socket
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self
 
 from kms_client import KeyManager
 from qkd_tls import control, kems
@@ -137,6 +137,31 @@ class QKDContext(ssl.SSLContext):
         self._handshakes = dict.fromkeys(super().session_stats(), 0)
         # A spelling mistake in a group shall not wait for the first connection.
         self._engine_config()
+
+    @classmethod
+    def from_config(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        table: str | None = None,
+        role: Literal["client", "server"] | None = None,
+    ) -> Self:
+        """A context from a TOML file, which names KMEs, credentials, peers and policy; see the manual for its keys.
+
+        Args:
+            path: the file; what it names is relative to its folder.
+            table: NAME of the table `[tls.NAME]`. May be left out where there is only one.
+            role: which side the context is for, where the table has no key `role`.
+
+        The KMEs are not contacted yet. Where the program ends before the process does, it should close the key manager
+        that was made: `context.key_manager.close()`.
+
+        Raises:
+            qkd_tls.config.ConfigError: a `ValueError` that names file, table and key.
+        """
+        from qkd_tls.configured import load_context  # Programs without a file need not wait for it.
+
+        return load_context(cls, Path(path), table, role)
 
     @property
     def policy(self) -> Policy:

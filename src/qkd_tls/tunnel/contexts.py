@@ -6,13 +6,13 @@ A context that is kept keeps its associations: after a reload the next connectio
 from __future__ import annotations
 
 import hashlib
-import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qkd_tls.config import ConfigError
+from kms_client import KeyManager
+from qkd_tls.configured import KeySource, TLSFiles
 from qkd_tls.context import QKDContext
 from qkd_tls.tunnel.kme import CountedKeyManager
 from qkd_tls.tunnel.metrics import Metrics
@@ -21,13 +21,16 @@ from qkd_tls.tunnel.settings import Settings
 __all__ = ["Contexts"]
 
 
+_Digests = tuple[bytes, ...]
+
+
 @dataclass
 class Contexts:
-    """Contexts by name of their table, and key managers by name of theirs."""
+    """Contexts by name of their table, and key managers by what they are made of."""
 
     tls: dict[str, QKDContext] = field(default_factory=dict)
-    kmes: dict[str, CountedKeyManager] = field(default_factory=dict)
-    _made_of: dict[tuple[str, str], Any] = field(default_factory=dict)
+    managers: dict[tuple[KeySource, _Digests], KeyManager] = field(default_factory=dict)
+    _made_of: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def make(cls, settings: Settings, metrics: Metrics, before: Contexts | None = None) -> Contexts:
@@ -35,41 +38,43 @@ class Contexts:
         before = before or cls()
         new = cls()
         try:
-            for name, kme in settings.kmes.items():
-                if new._same("kme", name, (kme, _digests(kme.files)), before):
-                    new.kmes[name] = before.kmes[name]
-                else:
-                    new.kmes[name] = CountedKeyManager(kme.client(), name, metrics)
             for name, tls in settings.tls.items():
-                manager = new.kmes[tls.kme] if tls.kme is not None else None
-                if new._same("tls", name, (tls, _digests(tls.files), manager), before):
+                manager = new._manager(tls, metrics, before)
+                made_of = tls, _digests(tls.files), manager
+                new._made_of[name] = made_of
+                if before._made_of.get(name) == made_of:
                     new.tls[name] = before.tls[name]
-                    continue
-                try:
-                    new.tls[name] = tls.context(manager)
-                except (ValueError, OSError) as error:
-                    text = error.args[-1] if isinstance(error, ssl.SSLError) else error
-                    raise ConfigError(settings.file, f"[tls.{name}]", "", str(text)) from None
+                else:
+                    new.tls[name] = tls.context(manager, QKDContext)
         except BaseException:
             new.replaced_by(before)
             raise
         return new
 
-    def _same(self, kind: str, name: str, made_of: Any, before: Contexts) -> bool:
-        self._made_of[kind, name] = made_of
-        return bool(before._made_of.get((kind, name)) == made_of)
+    def _manager(self, tls: TLSFiles, metrics: Metrics, before: Contexts) -> KeyManager | None:
+        if tls.source is None:
+            return None
+        made_of = tls.source, _digests(tls.source.files)
+        for managers in (self.managers, before.managers):
+            if made_of in managers:
+                self.managers[made_of] = managers[made_of]
+                return managers[made_of]
+        manager = tls.key_manager(lambda kme, client: CountedKeyManager(client, kme.name, metrics))
+        assert manager is not None
+        self.managers[made_of] = manager
+        return manager
 
     def replaced_by(self, other: Contexts) -> None:
         """Close what the other ones do not use: wipes associations and announced keys."""
-        kept: list[object] = [*other.tls.values(), *other.kmes.values()]
+        kept: list[object] = [*other.tls.values(), *other.managers.values()]
         for context in self.tls.values():
             if not any(context is one for one in kept):
                 context.forget_associations()
-        for manager in self.kmes.values():
+        for manager in self.managers.values():
             if not any(manager is one for one in kept):
                 manager.close()
 
 
-def _digests(files: Iterable[Path]) -> list[bytes]:
+def _digests(files: Iterable[Path]) -> _Digests:
     # A renewed certificate has the same name, and may have the same size and time.
-    return [hashlib.sha256(path.read_bytes()).digest() for path in files]
+    return tuple(hashlib.sha256(path.read_bytes()).digest() for path in files)

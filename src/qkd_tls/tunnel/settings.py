@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qkd_tls.config import ConfigError, KMESettings, Table, TLSFiles, read_file
+from qkd_tls.config import ConfigError, Table, read_file
+from qkd_tls.configured import Sections, TLSFiles
 from qkd_tls.tunnel.address import TCP, Activated, Address, Unix, parse
 
 __all__ = ["Limits", "ServiceSettings", "Settings", "TunnelSettings", "load"]
@@ -69,31 +70,28 @@ class Settings:
     service: ServiceSettings
     tunnels: tuple[TunnelSettings, ...]
     tls: dict[str, TLSFiles] = field(default_factory=dict)
-    kmes: dict[str, KMESettings] = field(default_factory=dict)
 
 
 def load(file: Path) -> Settings:
     """Read and check a file. Raises ConfigError for the first mistake."""
     top = read_file(file)
     service = _service(top.take_table("service"))
-    kme_tables, tls_tables = top.take_tables("kme"), top.take_tables("tls")
-    tunnels = tuple(_tunnel(table, tls_tables) for table in top.take_array("tunnel"))
+    sections = Sections(top)
+    tunnels = tuple(_tunnel(table, sections.tls_tables) for table in top.take_array("tunnel"))
     top.finish()
     if not tunnels:
         raise ConfigError(file, "", "tunnel", "there must be one [[tunnel]] or more")
     _refuse_twice(file, tunnels)
-    kmes = {name: KMESettings.take(name, table) for name, table in kme_tables.items()}
+    sections.check_kmes()
     tls: dict[str, TLSFiles] = {}
     for tunnel in tunnels:
-        table = tls_tables[tunnel.tls]
         if tunnel.tls not in tls:
-            tls[tunnel.tls] = TLSFiles.take(table, server_side=tunnel.accepts_hybrid)
-        files = tls[tunnel.tls]
-        if files.server_side != tunnel.accepts_hybrid:
-            raise table.error("", "is used by a client and by a server tunnel: make one table for each")
-        if files.kme is not None and files.kme not in kmes:
-            raise table.error("kme", f"there is no [kme.{files.kme}]")
-    return Settings(file=file, service=service, tunnels=tunnels, tls=tls, kmes=kmes)
+            tls[tunnel.tls] = sections.tls(tunnel.tls, tunnel.mode)
+        if tls[tunnel.tls].server_side != tunnel.accepts_hybrid:
+            raise sections.tls_tables[tunnel.tls].error(
+                "", "is used by a client and by a server tunnel: make one table for each"
+            )
+    return Settings(file=file, service=service, tunnels=tunnels, tls=tls)
 
 
 def _refuse_twice(file: Path, tunnels: tuple[TunnelSettings, ...]) -> None:
