@@ -19,14 +19,25 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_an
 from cryptography.x509 import load_pem_x509_certificates
 from socket_support import Authority, Server, talk
 
-from kms_client import Etsi014Client, FailoverKeyManager, KeyPool, SkipClient
+from kms_client import (
+    Etsi014Client,
+    FailoverKeyManager,
+    KeyPool,
+    KMSAuthenticationError,
+    KMSError,
+    KMSOutsideSecureSite,
+    KMSUnavailable,
+    SkipClient,
+)
 from kms_client.emulator import RunningPair, run_pair
 from qkd_tls import Policy, Protection, QKDContext
 from qkd_tls.config import ConfigError, Table, read_file
 from qkd_tls.configured import Sections
 from qkd_tls.errors import QKDKeyMismatch
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "qkd-tls.toml"
+PROJECT = Path(__file__).resolve().parents[2]
+EXAMPLE = PROJECT / "examples" / "qkd-tls.toml"
+MANUAL = PROJECT / "docs" / "howto-configuration.md"
 SECRET = "xyzzy-plugh"
 
 
@@ -300,6 +311,21 @@ class TestWhatIsMade:
             [key] = client.key_manager.get_keys("SAE-B")
             assert key.kms == site.south.url_a
 
+    @pytest.mark.parametrize(
+        ("setting", "error"),
+        [
+            ("this_host = false", KMSOutsideSecureSite),
+            ('unix_socket = "no.sock"', KMSUnavailable),
+            ('server_hostname = "other.example"', KMSAuthenticationError),
+        ],
+    )
+    def test_where_the_kme_is(self, site: Site, setting: str, error: type[KMSError]) -> None:
+        text = site.kme("north", more=setting) + CLIENT.replace('["north", "south"]', '"north"')
+        with contexts((site.write(text), "client")) as [client]:
+            assert client.key_manager is not None
+            with pytest.raises(error):
+                client.key_manager.get_keys("SAE-B")
+
     def test_a_failed_context_leaves_nothing_running(self, site: Site) -> None:
         text = site.kmes() + '[pool]\npeers = ["SAE-B"]\n' + CLIENT
         before = set(threading.enumerate())
@@ -530,3 +556,46 @@ class TestMistakes:
             table.take_choice("word", ("one",), None)
         assert table.take_choice("nothing", ("one",), None) is None
         assert table.take_names("nothing", None) is None
+
+
+class TestManual:
+    def test_mistakes(self, site: Site) -> None:
+        """Each line of the manual's transcript, put into the example, gives the message below it."""
+        block = MANUAL.read_text().partition("```text\n")[2].partition("```")[0]
+        pairs = [entry.split("\n    ") for entry in block.strip().split("\n\n")]
+        assert len(pairs) > 10
+        for setting, message in pairs:
+            header, _, line = setting.partition("] ")
+            table, key = f"{header}]", line.partition(" = ")[0]
+            before, content, rest = re.split(
+                rf"(?m)^({re.escape(table)}.*(?:\n(?!\[).*)*)", EXAMPLE.read_text()
+            )
+            content = re.sub(rf"(?m)^{re.escape(key)} = .*\n", "", content)
+            title, _, settings = content.partition("\n")
+            file = site.write(f"{before}{title}\n{line}\n{settings}{rest}")
+            error = refused(file, "", table="to-site-b")
+            assert str(error).replace(f"{site.folder}/", "") == message
+
+    @pytest.mark.parametrize("side", ["client", "server"])
+    def test_every_key(self, site: Site, side: str) -> None:
+        """The manual's tables have the keys that are known, and no others."""
+        sections = {
+            title: set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|", text))))
+            for title, text in re.findall(r"(?m)^### `\[(.*?)\]`\n((?:(?!##).*\n)*)", MANUAL.read_text())
+        }
+        rows = re.findall(r"(?m)^\| ((?:`\w+`(?:, )?)+) \|.*\| (both|client|server) \|", MANUAL.read_text())
+        sides = {key: of for keys, of in rows for key in re.findall(r"\w+", keys)}
+        top = f"{site.kmes()}[failover]\n[pool]\n{CLIENT if side == 'client' else SERVER}"
+        for title, name in {
+            "kme.NAME": "kme.north",
+            "failover": "failover",
+            "pool": "pool",
+            "tls.NAME": f"tls.{side}",
+        }.items():
+            error = refused(
+                site.write(after(f"[{name}]", "zzzzzzzz = 1")(top)), "zzzzzzzz: is not known here"
+            )
+            known = set(error.problem.partition("known are ")[2].split(", "))
+            assert known == {
+                key for key in sections[title] if title != "tls.NAME" or sides[key] in ("both", side)
+            }

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 from tunnel_support import Sites, tunnel
 
+from kms_client import KeyPool, KMSUnavailable
 from qkd_tls.config import ConfigError, read_file
 from qkd_tls.policy import Policy
 from qkd_tls.tunnel import check, run
 from qkd_tls.tunnel.address import TCP, Activated, Unix, parse
+from qkd_tls.tunnel.contexts import Contexts
 from qkd_tls.tunnel.dial import connect, listen
+from qkd_tls.tunnel.metrics import Metrics
 from qkd_tls.tunnel.proxy_protocol import encode_header, encode_tlv
 from qkd_tls.tunnel.settings import load
 
@@ -284,6 +287,38 @@ class TestFiles:
         file.write_text(file.read_text() + entry)
         with pytest.raises(ConfigError, match="is used by a client and by a server tunnel"):
             check(file)
+
+    def test_what_a_reload_does_not_change_is_kept(self, good: Any) -> None:
+        """Context and pool stay while the settings do; another setting of the pool makes both anew."""
+        file = good("client")
+        text = file.read_text().replace('kme = "site"', 'kme = ["site"]')
+        file.write_text(f"{text}[pool]\n")
+        metrics = Metrics()
+        first = Contexts.make(load(file), metrics)
+        [manager] = first.managers.values()
+        assert isinstance(manager, KeyPool)
+        again = Contexts.make(load(file), metrics, first)
+        assert again.tls["main"] is first.tls["main"]
+        assert list(again.managers.values()) == [manager]
+        file.write_text(f"{text}[pool]\nmax_age = 1\n")
+        changed = Contexts.make(load(file), metrics, again)
+        assert changed.tls["main"] is not first.tls["main"]
+        assert list(changed.managers.values()) != [manager]
+        again.replaced_by(changed)
+        with pytest.raises(KMSUnavailable, match="closed"):
+            manager.get_keys("SAE-B")
+        changed.replaced_by(Contexts())
+
+    def test_a_context_that_two_tunnels_use(self, good: Any, sites: Sites) -> None:
+        """Two tables of one KME share its client."""
+        file = good("client")
+        more = sites.tls("client").replace("[tls.main]", "[tls.other]")
+        entry = tunnel("client", ("server.example", 5433), name="u").replace('"main"', '"other"')
+        file.write_text(file.read_text() + more + entry)
+        contexts = Contexts.make(load(file), Metrics())
+        assert len(contexts.managers) == 1
+        assert contexts.tls["main"].key_manager is contexts.tls["other"].key_manager
+        contexts.replaced_by(Contexts())
 
     def test_no_kme_under_policy_off(self, good: Any) -> None:
         file = good("client")
