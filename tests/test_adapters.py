@@ -10,7 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -233,7 +233,9 @@ class Proxy(socketserver.StreamRequestHandler):
     def _copy(source: socket.socket, target: socket.socket) -> None:
         while data := source.recv(65536):
             target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
+        # It may be closed already.
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
 
 
 def test_through_a_proxy(setup: Setup) -> None:

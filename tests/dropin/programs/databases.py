@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -169,7 +170,7 @@ class RedisDirect(RedisTunnelled):
 
 def postgresql(program: Program) -> int:
     """A real server; its port."""
-    initdb, postgres = (binary(name, "postgresql") for name in ("initdb", "postgres"))
+    initdb, postgres, ready = (binary(name, "postgresql") for name in ("initdb", "postgres", "pg_isready"))
     folder = Path(program.stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
     data = folder / "data"
     data.mkdir()
@@ -201,6 +202,11 @@ def postgresql(program: Program) -> int:
     }
     options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
     service(program, [*as_user, postgres, "-D", str(data), *options], port, stop_by=signal.SIGINT, cwd="/")
+    # It takes connections, and refuses them, before it has started up.
+    deadline = time.monotonic() + PATIENCE
+    while subprocess.run([ready, "-q", "-h", "127.0.0.1", "-p", str(port)], check=False).returncode:
+        assert time.monotonic() < deadline, "PostgreSQL does not start up"
+        time.sleep(0.05)
     return port
 
 
