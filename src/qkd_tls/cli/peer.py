@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -86,7 +87,7 @@ def relay(sock: QKDSocket, idle: float | None) -> None:
             while sys.stdin is not None and (data := os.read(_STDIN, _CHUNK)):
                 sock.sendall(data)
                 moved[0] = time.monotonic()
-            sock.shutdown(socket.SHUT_WR)
+            _end_sending(sock)
         except OSError as error:
             failures.append(error)
             with contextlib.suppress(OSError):
@@ -115,3 +116,12 @@ def shown_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
     # A socket for both families shows IPv4 addresses like this (RFC 4291 section 2.5.5.2).
     host = address[0].removeprefix("::ffff:")
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def _end_sending(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        # Both ends have closed already, which is no failure.
+        if error.errno != errno.ENOTCONN:
+            raise
