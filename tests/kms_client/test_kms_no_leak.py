@@ -40,13 +40,14 @@ PROGRAM = textwrap.dedent(
     file = logging.FileHandler("debug.log")
     logging.getLogger().addHandler(file)
 
-    from kms_client import Etsi014Client, KMSError, SecureSite
+    import kms_client
+    from kms_client import KMSError
 
     settings = json.loads(sys.argv[1])
     calls = settings.pop("calls")
     password = Path(settings.pop("password"))
     held = []
-    client = Etsi014Client(**settings, key_password=password)
+    client = getattr(kms_client, settings.pop("client"))(**settings, key_password=password)
     print(client, vars(client), vars(client._https), client._https._link)
     for call, *arguments in calls:
         try:
@@ -78,6 +79,8 @@ PROGRAM = textwrap.dedent(
     print("the end")
     """
 )
+Exchange = tuple[Any, ...]
+"""A call, and the answers to the requests it makes."""
 IDS = ["550e8400-e29b-41d4-a716-446655440000", "650e8400-e29b-41d4-a716-446655440abc"]
 
 
@@ -104,6 +107,31 @@ def test_the_search_finds_what_it_looks_for() -> None:
     assert not leaks(b"nothing of this kind", [secret])
 
 
+def reset(answer: bytes) -> Answer:
+    def cut(sock: ssl.SSLSocket) -> None:
+        sock.sendall(answer[:-9])
+        sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+
+    return cut
+
+
+def slow(answer: bytes) -> Answer:
+    def stall(sock: ssl.SSLSocket) -> None:
+        sock.sendall(answer[:-9])
+        sock.recv(1)
+
+    return stall
+
+
+def huge(entry: str) -> Answer:
+    def flood(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b'HTTP/1.1 200 OK\r\n\r\n{"keys": [')
+        while True:
+            sock.sendall(f"{entry},".encode() * 500)
+
+    return flood
+
+
 def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: Path) -> None:
     secrets: list[bytes] = []
 
@@ -117,22 +145,8 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
     def text() -> str:
         return base64.b64encode(fresh()).decode()
 
-    def reset(sock: ssl.SSLSocket) -> None:
-        sock.sendall(keys(*IDS)[:-9])
-        sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
-
-    def slow(sock: ssl.SSLSocket) -> None:
-        sock.sendall(keys(*IDS)[:-9])
-        sock.recv(1)
-
-    def huge(sock: ssl.SSLSocket) -> None:
-        secret = text().encode()
-        sock.sendall(b'HTTP/1.1 200 OK\r\n\r\n{"keys": [')
-        while True:
-            sock.sendall(b'{"key_ID": "x", "key": "%s"},' % secret * 500)
-
     get, by_id, status = ["get_keys", "SAE-B", 2], ["get_keys_by_id", "SAE-B", IDS], ["status", "SAE-B"]
-    exchanges: list[tuple[list[Any], Answer]] = [
+    exchanges: list[Exchange] = [
         (get, keys(*IDS)),
         (by_id, keys(*IDS)),
         (by_id, keys(*IDS)),  # a second time
@@ -161,10 +175,65 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
         (by_id, http(404, {"message": "no such key", "keys": text()})),
         (status, keys(*IDS)),
         (status, http(503, text())),
-        (get, reset),
-        (by_id, slow),
-        (get, huge),
+        (get, reset(keys(*IDS))),
+        (by_id, slow(keys(*IDS))),
+        (get, huge(f'{{"key_ID": "x", "key": "{text()}"}}')),
     ]
+    written = everything_written(pki, tmp_path, "Etsi014Client", exchanges, secrets)
+    # It did show what it should.
+    for shown in (b"urllib3", b"dec_keys", IDS[0].encode(), b"<QKDKey id="):
+        assert shown in written
+    assert written.count(b"KMSProtocolError") > 20
+
+
+def test_nor_with_skip(pki: DemoPKI, tmp_path: Path) -> None:
+    secrets: list[bytes] = []
+
+    def fresh(size: int = 32) -> str:
+        secrets.append(os.urandom(size))
+        return secrets[-1].hex()
+
+    def key(key_id: str, size: int = 32, **more: str) -> bytes:
+        return http(200, {"keyId": key_id, "key": fresh(size), **more})
+
+    get, by_id, status = ["get_keys", "SAE-B", 2], ["get_keys_by_id", "SAE-B", IDS], ["status", "SAE-B"]
+    entropy, one, two = ["entropy"], *IDS
+    capabilities = {"entropy": True, "key": True, "localSystemID": "SAE-A", "remoteSystemID": "SAE-B"}
+    exchanges: list[Exchange] = [
+        (get, http(200, capabilities), key(one), key(two)),
+        (by_id, key(one), key(two)),
+        (by_id, key(one)),  # a second time
+        (get, key("a"), key("b", x=fresh())),
+        (get, key("c"), key("d", size=16)),
+        (get, key("e"), key("e")),
+        (by_id, key("f")),
+        (get, http(200, {"keyId": "g", "key": fresh()[:-1]})),
+        (get, http(200, {"keyId": "h", "key": fresh() + "x"})),
+        (get, http(200, {"keyId": fresh() * 4, "key": fresh()})),
+        (get, http(200, {"keyId": "i", "key": [fresh()]})),
+        (get, http(200, '{"keyId": "j", "key": "' + fresh())),
+        (get, http(200, "<html>" + fresh())),
+        (get, key("k"), b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" + fresh().encode()),
+        (get, http(500, {"message": f"crash: {fresh()}"})),
+        (by_id, http(400, {"detail": "odd", "key": fresh()})),
+        (status, key("l")),
+        (status, http(503, fresh())),
+        (entropy, http(200, {"randomStr": fresh(16), "minentropy": 256})),
+        (entropy, http(200, {"randomStr": fresh(), "minentropy": "all"})),
+        (get, key("m"), reset(key("n"))),
+        (by_id, slow(key(one))),
+        (get, huge(fresh())),
+    ]
+    written = everything_written(pki, tmp_path, "SkipClient", exchanges, secrets)
+    for shown in (b"urllib3", b"/key/", one.encode(), b"<QKDKey id=", b"delivered before is lost"):
+        assert shown in written
+    assert written.count(b"KMSProtocolError") > 20
+
+
+def everything_written(
+    pki: DemoPKI, tmp_path: Path, client: str, exchanges: list[Exchange], secrets: list[bytes]
+) -> bytes:
+    """Run a process that makes these calls and gets these answers; none of the secrets is in what it wrote."""
     key = serialization.load_pem_private_key(pki.sae_a_key.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     password = b"the password of the file"
@@ -182,7 +251,8 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
     folder.mkdir()
 
     server = ScriptedKME(
-        server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), [answer for _, answer in exchanges]
+        server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca),
+        [answer for _, *answers in exchanges for answer in answers],
     )
     settings = {
         "url": f"https://127.0.0.1:{server.port}",
@@ -192,7 +262,8 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
         "password": str(password_file),
         "headers": {"X-Token": "the token of the gateway"},
         "read_timeout": 1.0,
-        "calls": [call for call, _ in exchanges],
+        "client": client,
+        "calls": [call for call, *_ in exchanges],
     }
     try:
         done = subprocess.run(
@@ -207,19 +278,11 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
         server.close()
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert done.stdout.endswith(b"the end\n"), done.stderr.decode()[-2000:]
-    assert len(server.requests) >= len(exchanges)
+    assert len(server.requests) >= sum(len(answers) for _, *answers in exchanges)
     assert set(files) == {"debug.log"}
     written = b"\0".join([done.stdout, done.stderr, *files.values()])
-    # It did show what it should.
-    for shown in (
-        b"urllib3",
-        b"dec_keys",
-        b"Traceback",
-        IDS[0].encode(),
-        b"<QKDKey id=",
-        b"answer = Answer(",
-    ):
-        assert shown in written
-    assert written.count(b"KMSProtocolError") > 20
+    assert b"Traceback" in written
+    assert b"answer = Answer(" in written
     assert leaks(written, [*secrets, number]) == []
     assert password not in written
+    return written
