@@ -170,12 +170,10 @@ class Etsi014Client:
             KMSUnavailable, KMSTimeout, KMSAuthenticationError, KMSRequestError, UnknownSAE, KMSProtocolError.
         """
         try:
-            answer = self._call("GET", peer_sae_id, "status", None, _MAX_BODY)
-        except KMSUnavailable as error:
-            if error.status is not None or isinstance(error, KMSTimeout):
-                raise
-            answer = self._call("GET", peer_sae_id, "status", None, _MAX_BODY)
-        return self._parsed(lambda body: parse_status(body, quirks=self.quirks), answer, peer_sae_id)
+            return self._ask_status(peer_sae_id)
+        except KMSError as error:
+            error.keys_may_be_lost = False  # none were asked for
+            raise
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
         """Get key (clause 6.2), as master: exactly `number` new keys shared with the slave `peer_sae_id`.
@@ -208,7 +206,7 @@ class Etsi014Client:
                 f"{number} keys were asked for, {len(keys)} delivered",
                 kms=self.name,
                 peer=peer_sae_id,
-                keys_may_be_lost=True,
+                keys_may_be_lost=bool(keys),
             )
         elif len(keys) > number:
             self.quirks.add("more keys than asked for")
@@ -289,7 +287,7 @@ class Etsi014Client:
                 kms=self.name,
                 peer=peer_sae_id,
                 key_ids=[key_id for key_id in key_ids if key_id not in delivered],
-                keys_may_be_lost=True,
+                keys_may_be_lost=bool(keys),
             )
         if again := self._delivered.again("dec_keys", peer_sae_id, ordered):
             # What a KME that keeps to the standard would have answered.
@@ -307,6 +305,15 @@ class Etsi014Client:
     def __repr__(self) -> str:
         """The KME and this SAE."""
         return f"<Etsi014Client {self.name} sae_id={self.sae_id}>"
+
+    def _ask_status(self, peer: str) -> KMSStatus:
+        try:
+            answer = self._call("GET", peer, "status", None, _MAX_BODY)
+        except KMSUnavailable as error:
+            if error.status is not None or isinstance(error, KMSTimeout):
+                raise
+            answer = self._call("GET", peer, "status", None, _MAX_BODY)
+        return self._parsed(lambda body: parse_status(body, quirks=self.quirks), answer, peer)
 
     def _other_case(self, found: dict[str, QKDKey], key_id: str) -> QKDKey | None:
         """The one key in `found` whose ID is `key_id` in other letter case, under the ID asked."""

@@ -24,6 +24,7 @@ from .breaker import Breaker, BreakerState
 from .errors import (
     KMSAuthenticationError,
     KMSError,
+    KMSOutsideSecureSite,
     KMSProtocolError,
     KMSRequestError,
     KMSTimeout,
@@ -47,6 +48,7 @@ _KINDS: Final = (
     KMSTimeout,
     KMSUnavailable,
     KMSAuthenticationError,
+    KMSOutsideSecureSite,
     KMSProtocolError,
     UnknownKey,
     UnknownSAE,

@@ -215,7 +215,7 @@ class SkipClient:
         check_key_ids(key_ids)
         paths = [_key_path(key_id, peer_sae_id) for key_id in key_ids]
         if self._known is None:
-            self._ask_capabilities(peer_sae_id)
+            self._ask_capabilities(peer_sae_id, key_ids)
         return self._one_by_one(
             self._key_by_id(peer_sae_id, path, key_id) for path, key_id in zip(paths, key_ids, strict=True)
         )
@@ -251,18 +251,20 @@ class SkipClient:
         """The provider and this system."""
         return f"<SkipClient {self.name} sae_id={self.sae_id}>"
 
-    def _ask_capabilities(self, peer: str | None) -> SkipCapabilities:
+    def _ask_capabilities(self, peer: str | None, key_ids: Sequence[str] = ()) -> SkipCapabilities:
         found = self._ask(
             _CAPABILITIES,
             "/capabilities",
             lambda body: parse_capabilities(body, quirks=self.quirks),
             peer=peer,
+            key_ids=key_ids,
         )
         if found.local_system_id != self.sae_id:
             raise KMSAuthenticationError(
                 f"the key provider's localSystemID is {shown(found.local_system_id)!r}, not {shown(self.sae_id)!r}",
                 kms=self.name,
                 peer=peer,
+                key_ids=key_ids,
                 hint="Give that one as sae_id, or check that URL and credentials are those of this system.",
             )
         self._known = found

@@ -27,6 +27,7 @@ from kms_client import (
     KeyPool,
     KMSAuthenticationError,
     KMSError,
+    KMSOutsideSecureSite,
     KMSProtocolError,
     KMSRequestError,
     KMSTimeout,
@@ -165,7 +166,7 @@ class TestGetKeys:
     @pytest.mark.parametrize(
         ("answer", "lost"),
         [((503, '{"message": "link down"}'), 0), ((400, '{"message": "no"}'), 0), ((401, ""), 0),
-         ((500, "<html>"), 2), ((200, "<html>"), 2), ((200, '{"keys": []}'), 2)],
+         ((500, "<html>"), 2), ((200, "<html>"), 2), ((200, '{"keys": []}'), 0)],
     )  # fmt: skip
     def test_every_failure_leads_to_the_next_kme(
         self, links: Links, answer: tuple[int, str], lost: int
@@ -292,6 +293,8 @@ KINDS: list[tuple[type[KMSError], type[KMSError], type[KMSError]]] = [
     (UnknownKey, KMSUnavailable, KMSUnavailable),
     (UnknownKey, KMSAuthenticationError, KMSAuthenticationError),
     (UnknownKey, KMSProtocolError, KMSProtocolError),
+    (KMSProtocolError, KMSOutsideSecureSite, KMSOutsideSecureSite),
+    (KMSOutsideSecureSite, KMSAuthenticationError, KMSAuthenticationError),
     (UnknownSAE, UnknownKey, UnknownKey),
     (KMSRequestError, UnknownSAE, UnknownSAE),
     (KMSError, KMSRequestError, KMSRequestError),

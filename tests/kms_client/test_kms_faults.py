@@ -1,7 +1,8 @@
 """Everything that can go wrong between a program and its KME, times every call, times every interface.
 
 Each cell runs on real sockets, and is bounded in time and memory, ends in the error that the tables say, and shows no
-key. Another interface is one more `Interface` in `INTERFACES`, with its own answers.
+key. Another interface is one more `Interface` in `INTERFACES`, with its own answers. What a pool and a failover manager
+know after each fault is tested below.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gc
+import json
 import logging
 import select
 import socket
@@ -20,14 +22,16 @@ import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from kms_support import Answer, ScriptedKME, client_of, container, everything_in, http, issue, spellings
 
 from kms_client import (
+    FailoverKeyManager,
     KeyManager,
+    KeyPool,
     KMSAuthenticationError,
     KMSError,
     KMSProtocolError,
@@ -35,15 +39,22 @@ from kms_client import (
     KMSTimeout,
     KMSUnavailable,
     NoKeysLeft,
+    SkipClient,
     UnknownKey,
     UnknownSAE,
 )
+from kms_client.breaker import BreakerState
 from kms_client.emulator import DemoPKI, write_demo_pki
 from kms_client.emulator.kme import server_context
 
 CALLS = ("status", "get", "get by ID")
 IDS = ["550e8400-e29b-41d4-a716-446655440000", "650e8400-e29b-41d4-a716-446655440abc"]
-THIRD = "750e8400-e29b-41d4-a716-446655440abc"
+THIRD = "750e8400-e29b-41d4-a716-446655440abc"  # not asked for
+FAULTS = (
+    "400", "401", "404", "500", "503 with a body", "503 without a body", "HTML", "deep JSON", "wrong encoding of keys",
+    "short key", "duplicate IDs", "IDs not asked for", "more keys", "fewer keys", "no keys",
+)  # fmt: skip
+"""Of answers; those of the network are in `NETWORK`."""
 KEYS = [bytes(range(200, 232)), bytes(range(100, 132)), bytes(range(60, 92))]
 MOST_SECONDS = 10.0  # of a cell; its time limits are far below, the machine may be slow
 MOST_BYTES = 16 << 20  # allocated in a cell, beyond what there was; client and server together
@@ -59,13 +70,20 @@ Fault = tuple[bytes, Mapping[str, Expected]]
 class Interface:
     """What a KME speaks: how a client of it is made, what it answers rightly, and what its faults are.
 
-    The calls ask for two keys, or for those with `IDS`.
+    The calls ask for two keys, or for those with `ids`. The fault comes in place of the last right answer to a call.
     """
 
     name: str
     client: Callable[[DemoPKI, str], KeyManager]
-    right: Mapping[str, bytes]  # the right answer to each call
+    ids: list[str]
+    right: Mapping[str, list[bytes]]  # the right answers to each call, one a request
     faults: Mapping[str, Fault]  # an answer, and what each call makes of it
+    first: list[bytes] = field(default_factory=list)  # answers before a new client asks for keys
+    no_meaning: Mapping[str, str] = field(default_factory=dict)  # faults that it cannot have, and why
+
+    def answers(self, call: str) -> list[bytes]:
+        """What a new client is to get for this call."""
+        return [*([] if call == "status" else self.first), *self.right[call]]
 
 
 def both(error: Expected) -> dict[str, Expected]:
@@ -89,9 +107,12 @@ ETSI_STATUS = {
 ETSI_014 = Interface(
     "ETSI 014",
     lambda pki, url: client_of(pki, url, connect_timeout=0.4, read_timeout=0.5),
-    right=dict(
-        zip(CALLS, [http(200, ETSI_STATUS), *[etsi_keys(*zip(IDS, KEYS, strict=False))] * 2], strict=True)
-    ),
+    IDS,
+    right={
+        "status": [http(200, ETSI_STATUS)],
+        "get": [etsi_keys(*zip(IDS, KEYS, strict=False))],
+        "get by ID": [etsi_keys(*zip(IDS, KEYS, strict=False))],
+    },
     faults={
         "400": (http(400, {"message": "size shall be a multiple of 8"}), both(KMSRequestError)),
         "401": (http(401), both(KMSAuthenticationError)),
@@ -101,7 +122,7 @@ ETSI_014 = Interface(
         "503 without a body": (http(503), both(KMSUnavailable)),
         "HTML": (http(200, f"<html>{SECRET_TEXT}</html>"), both(KMSProtocolError)),
         "deep JSON": (http(200, '{"keys":' + "[" * 200_000), both(KMSProtocolError)),
-        "wrong base64": (
+        "wrong encoding of keys": (
             http(200, {"keys": [{"key_ID": i, "key": SECRET_TEXT[:-5] + "!*="} for i in IDS]}),
             both(KMSProtocolError),
         ),
@@ -124,21 +145,95 @@ ETSI_014 = Interface(
         "no keys": (etsi_keys(), each(KMSProtocolError, NoKeysLeft, UnknownKey)),
     },
 )
-INTERFACES = [ETSI_014]
+
+HEX_IDS = [key_id.replace("-", "") for key_id in IDS]
+
+
+def skip_key(key_id: str, secret: bytes | str) -> dict[str, str]:
+    return {"keyId": key_id.replace("-", ""), "key": secret if isinstance(secret, str) else secret.hex()}
+
+
+def skip_client(pki: DemoPKI, url: str) -> SkipClient:
+    return SkipClient(
+        url,
+        sae_id=pki.sae_a,
+        cert=pki.sae_a_cert,
+        key=pki.sae_a_key,
+        ca=pki.kms_ca,
+        connect_timeout=0.4,
+        read_timeout=0.5,
+    )
+
+
+CAPABILITIES = {
+    "entropy": True, "key": True, "algorithm": "QKD", "localSystemID": "SAE-A", "remoteSystemID": ["SAE-[BC]"],
+}  # fmt: skip
+SKIP_KEYS = [http(200, skip_key(key_id, key)) for key_id, key in zip(IDS, KEYS, strict=False)]
+# One key a request: the fault is in the answer for the second, when the first has come and is lost.
+SKIP = Interface(
+    "SKIP",
+    skip_client,
+    HEX_IDS,
+    first=[http(200, CAPABILITIES)],
+    right={"status": [http(200, CAPABILITIES)], "get": SKIP_KEYS, "get by ID": SKIP_KEYS},
+    faults={
+        # The draft's answer for an unknown key ID, too.
+        "400": (http(400), each(KMSRequestError, KMSRequestError, UnknownKey)),
+        "401": (http(401), both(KMSAuthenticationError)),
+        "404": (http(404), each(KMSRequestError, KMSRequestError, UnknownKey)),
+        "405": (http(405), both(KMSProtocolError)),
+        "500": (http(500, {"message": f"crash with {KEYS[0].hex()}"}), both(KMSUnavailable)),
+        "503 with a body": (
+            http(503, {"message": "link down"}),
+            each(KMSUnavailable, NoKeysLeft, KMSUnavailable),
+        ),
+        "503 without a body": (http(503), each(KMSUnavailable, NoKeysLeft, KMSUnavailable)),
+        "HTML": (http(200, f"<html>{KEYS[0].hex()}</html>"), both(KMSProtocolError)),
+        "deep JSON": (http(200, '{"key":' + "[" * 200_000), both(KMSProtocolError)),
+        "wrong encoding of keys": (
+            http(200, skip_key(IDS[1], KEYS[1].hex()[:-2] + "0g")),
+            both(KMSProtocolError),
+        ),
+        "short key": (
+            http(200, skip_key(IDS[1], KEYS[1][:16])),
+            each(KMSProtocolError, KMSProtocolError, KEYS_ARE_GIVEN),
+        ),
+        # The second answer has the ID of the first.
+        "duplicate IDs": (http(200, skip_key(IDS[0], KEYS[1])), both(KMSProtocolError)),
+        "IDs not asked for": (
+            http(200, skip_key(THIRD, KEYS[1])),
+            each(KMSProtocolError, KEYS_ARE_GIVEN, KMSProtocolError),
+        ),
+        # An answer has the members of one key: several can only come as something that is no answer.
+        "more keys": (
+            http(200, json.dumps([skip_key(IDS[1], KEYS[1]), skip_key(THIRD, KEYS[2])])),
+            both(KMSProtocolError),
+        ),
+        "no keys": (http(200, {}), both(KMSProtocolError)),
+    },
+    no_meaning={"fewer keys": "one key is asked for at a time, and fewer than one is none: see 'no keys'"},
+)
+INTERFACES = [ETSI_014, SKIP]
+
+
+@pytest.mark.parametrize("interface", INTERFACES, ids=lambda interface: interface.name)
+def test_each_fault_is_tried_or_said_to_have_no_meaning(interface: Interface) -> None:
+    assert not interface.faults.keys() & interface.no_meaning.keys()
+    assert {*FAULTS} <= {*interface.faults, *interface.no_meaning}
 
 
 # --- faults of the network, the same for all interfaces
 
 
 @contextmanager
-def refused(_pki: DemoPKI, _right: bytes) -> Iterator[int]:
+def refused(_pki: DemoPKI, _right: list[bytes]) -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
 
 
 @contextmanager
-def hangs_in_connect(_pki: DemoPKI, _right: bytes) -> Iterator[int]:
+def hangs_in_connect(_pki: DemoPKI, _right: list[bytes]) -> Iterator[int]:
     """A listener whose queue is full: the system answers no further connection."""
     with ExitStack() as stack:
         listening = stack.enter_context(socket.socket())
@@ -157,14 +252,14 @@ def hangs_in_connect(_pki: DemoPKI, _right: bytes) -> Iterator[int]:
 
 
 @contextmanager
-def hangs_in_handshake(_pki: DemoPKI, _right: bytes) -> Iterator[int]:
+def hangs_in_handshake(_pki: DemoPKI, _right: list[bytes]) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         yield silent.getsockname()[1]
 
 
 @contextmanager
-def serving(context: ssl.SSLContext, answer: Answer) -> Iterator[int]:
-    server = ScriptedKME(context, [answer])
+def serving(context: ssl.SSLContext, *answers: Answer) -> Iterator[int]:
+    server = ScriptedKME(context, [*answers])
     try:
         yield server.port
     finally:
@@ -175,15 +270,15 @@ def stalling(start: Callable[[bytes], bytes], pause: float | None) -> Any:
     """Sends the start of the right answer, then nothing more, or a space now and then."""
 
     @contextmanager
-    def fault(pki: DemoPKI, right: bytes) -> Iterator[int]:
+    def fault(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
         over = threading.Event()
 
         def answer(sock: ssl.SSLSocket) -> None:
-            sock.sendall(start(right))
+            sock.sendall(start(right[-1]))
             while not over.wait(pause):
                 sock.sendall(b" ")
 
-        with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), answer) as port:
+        with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), *right[:-1], answer) as port:
             try:
                 yield port
             finally:
@@ -197,38 +292,38 @@ def head(right: bytes) -> bytes:
 
 
 @contextmanager
-def reset_mid_body(pki: DemoPKI, right: bytes) -> Iterator[int]:
+def reset_mid_body(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
     def answer(sock: ssl.SSLSocket) -> None:
-        sock.sendall(right[:-5])
+        sock.sendall(right[-1][:-5])
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), answer) as port:
+    with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), *right[:-1], answer) as port:
         yield port
 
 
 @contextmanager
-def wrong_name(pki: DemoPKI, right: bytes) -> Iterator[int]:
+def wrong_name(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
     files = issue(pki, pki.directory / "other-name", "kme.example", "kme.example")
-    with serving(server_context(*files, pki.kms_ca), right) as port:
+    with serving(server_context(*files, pki.kms_ca), *right) as port:
         yield port
 
 
 @contextmanager
-def wrong_ca(pki: DemoPKI, right: bytes) -> Iterator[int]:
+def wrong_ca(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
     other = write_demo_pki(pki.directory / "foreign")
-    with serving(server_context(other.kme_a_cert, other.kme_a_key, pki.kms_ca), right) as port:
+    with serving(server_context(other.kme_a_cert, other.kme_a_key, pki.kms_ca), *right) as port:
         yield port
 
 
 @contextmanager
-def expired(pki: DemoPKI, right: bytes) -> Iterator[int]:
+def expired(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
     files = issue(pki, pki.directory / "expired", "KME-A", "127.0.0.1", days=(-30, -1))
-    with serving(server_context(*files, pki.kms_ca), right) as port:
+    with serving(server_context(*files, pki.kms_ca), *right) as port:
         yield port
 
 
 @contextmanager
-def hundred_megabytes(pki: DemoPKI, _right: bytes) -> Iterator[int]:
+def hundred_megabytes(pki: DemoPKI, right: list[bytes]) -> Iterator[int]:
     entry = b'{"key_ID": "x", "key": "' + SECRET_TEXT.encode() + b'"},'
     block = entry * (65536 // len(entry))
     blocks = 100_000_000 // len(block) + 1
@@ -240,7 +335,7 @@ def hundred_megabytes(pki: DemoPKI, _right: bytes) -> Iterator[int]:
             sock.sendall(block)
         sock.sendall(b"{}]}")
 
-    with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), answer) as port:
+    with serving(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), *right[:-1], answer) as port:
         yield port
 
 
@@ -259,6 +354,13 @@ NETWORK: dict[str, tuple[Any, type[KMSError], str]] = {
 }
 
 
+UNCONNECTED = {name for name, (fault, *_) in NETWORK.items() if fault in (
+    refused, hangs_in_connect, hangs_in_handshake, wrong_name, wrong_ca, expired
+)}  # fmt: skip
+NO_KEY_TAKEN = {*UNCONNECTED, "400", "401", "404", "503 with a body", "503 without a body", "no keys"}
+"""In all others the KME may have taken keys out of its store."""
+
+
 # --- the cells
 
 
@@ -267,10 +369,10 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> DemoPKI:
     return write_demo_pki(tmp_path_factory.mktemp("pki"))
 
 
-def ask(manager: KeyManager, call: str) -> Any:
+def ask(manager: KeyManager, call: str, ids: list[str]) -> Any:
     if call == "status":
         return manager.status("SAE-B")
-    return manager.get_keys("SAE-B", 2, 256) if call == "get" else manager.get_keys_by_id("SAE-B", IDS)
+    return manager.get_keys("SAE-B", 2, 256) if call == "get" else manager.get_keys_by_id("SAE-B", ids)
 
 
 @contextmanager
@@ -287,12 +389,16 @@ def bounded() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def check(error: KMSError, manager: KeyManager, call: str, logged: str) -> None:
-    """The error names KME, peer and keys, says what to do, and shows no key."""
+def check(
+    error: KMSError, manager: KeyManager, interface: Interface, call: str, fault: str, logged: str
+) -> None:
+    """The error names KME, peer and keys, says what to do and whether keys may be lost, and shows no key."""
     assert (error.kms, error.peer) == (manager.name, "SAE-B")
     assert error.hint
     if call == "get by ID":
-        assert set(error.key_ids) & {*IDS, THIRD}
+        assert set(error.key_ids) & {*interface.ids, THIRD}
+    earlier = len(interface.right[call]) > 1 and fault not in UNCONNECTED  # a key that came before
+    assert error.keys_may_be_lost is (call != "status" and (earlier or fault not in NO_KEY_TAKEN))
     text = everything_in(error) + "".join(traceback.format_exception(error)) + repr(manager) + logged
     assert [spelling for key in KEYS for spelling in spellings(key) if spelling in text] == []
 
@@ -305,15 +411,15 @@ def test_the_network(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     build, kind, says = NETWORK[fault]
-    with build(pki, interface.right[call]) as port:
+    with build(pki, interface.answers(call)) as port:
         manager = interface.client(pki, f"https://127.0.0.1:{port}")
         try:
             with bounded(), pytest.raises(KMSError, match=says) as caught:
-                ask(manager, call)
+                ask(manager, call, interface.ids)
         finally:
             manager.close()
     assert type(caught.value) is kind
-    check(caught.value, manager, call, caplog.text)
+    check(caught.value, manager, interface, call, fault, caplog.text)
 
 
 CELLS = [(interface, fault) for interface in INTERFACES for fault in interface.faults]
@@ -327,20 +433,21 @@ def test_answers(
     caplog.set_level(logging.DEBUG)
     answer, expected = interface.faults[fault]
     kind = expected[call]
-    server = ScriptedKME(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), [answer])
+    answers: list[Answer] = [*interface.answers(call)[:-1], answer]
+    server = ScriptedKME(server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), answers)
     manager = interface.client(pki, f"https://127.0.0.1:{server.port}")
     try:
         with bounded():
             if isinstance(kind, str):
-                assert len(ask(manager, call)) == 2
+                assert len(ask(manager, call, interface.ids)) == 2
                 return
             with pytest.raises(KMSError) as caught:
-                ask(manager, call)
+                ask(manager, call, interface.ids)
         assert type(caught.value) is kind
-        check(caught.value, manager, call, caplog.text)
+        check(caught.value, manager, interface, call, fault, caplog.text)
         # Nothing is left of it: the next call is served.
-        server.answers[:] = [renamed(interface.right[call]) if call == "get" else interface.right[call]]
-        assert ask(manager, call)
+        server.answers[:] = [renamed(answer) for answer in interface.right[call]]
+        assert ask(manager, call, [renamed(key_id.encode()).decode() for key_id in interface.ids])
     finally:
         manager.close()
         server.close()
@@ -348,4 +455,90 @@ def test_answers(
 
 def renamed(answer: bytes) -> bytes:
     """The same keys under IDs of the same length that were never delivered."""
-    return answer.replace(b"50e8400-", b"50e8499-")
+    return answer.replace(b"50e8400", b"50e8499")
+
+
+# --- a pool and a failover manager around the client
+
+ETSI_PAIRS = http(200, {**ETSI_STATUS, "max_key_per_request": 2})
+
+
+@contextmanager
+def faulty(pki: DemoPKI, fault: str, *before: bytes) -> Iterator[str]:
+    """The URL of a KME that gives these answers before it has a fault, which it has for ever."""
+    if fault in NETWORK:
+        with NETWORK[fault][0](pki, [*before, *ETSI_014.right["get"]]) as port:
+            yield f"https://127.0.0.1:{port}"
+    else:
+        context = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
+        with serving(context, *before, ETSI_014.faults[fault][0]) as port:
+            yield f"https://127.0.0.1:{port}"
+
+
+PAUSE = 60.0  # longer than anybody waits: each request is made once
+
+
+def pool_of(manager: KeyManager) -> KeyPool:
+    return KeyPool(manager, timeout=10.0, min_backoff=PAUSE, max_backoff=PAUSE)
+
+
+def failover_of(members: list[KeyManager]) -> FailoverKeyManager:
+    return FailoverKeyManager(members, threshold=1, min_backoff=PAUSE, max_backoff=PAUSE)
+
+
+@pytest.mark.parametrize("fault", [*NETWORK, *ETSI_014.faults])
+def test_what_a_pool_knows_afterwards(pki: DemoPKI, fault: str) -> None:
+    kind = NETWORK[fault][1] if fault in NETWORK else ETSI_014.faults[fault][1]["get"]
+    # It asks for the status first, then for keys.
+    with (
+        faulty(pki, fault, ETSI_PAIRS) as url,
+        contextlib.closing(pool_of(ETSI_014.client(pki, url))) as pool,
+    ):
+        if isinstance(kind, str):
+            assert len(pool.get_keys("SAE-B", 2)) == pool.statistics.delivered == 2
+            return
+        with pytest.raises(kind) as caught:
+            pool.get_keys("SAE-B", 2)
+        assert type(caught.value) is kind
+        found = pool.statistics
+    assert (found.pooled, found.waiting, found.fetched, found.delivered) == (0, 0, 0, 0)
+    assert (found.requests, found.failures) == (fault not in UNCONNECTED, 1)
+    assert found.possibly_lost == (0 if fault in NO_KEY_TAKEN else 2)
+    # What the KME has answered counts against the peer.
+    answered = caught.value.status is not None or issubclass(kind, (NoKeysLeft, KMSRequestError))
+    assert found.breaker is (BreakerState.CLOSED if answered else BreakerState.OPEN)
+
+
+@pytest.mark.parametrize("fault", [*NETWORK, *ETSI_014.faults])
+def test_what_a_failover_manager_knows_afterwards(pki: DemoPKI, fault: str) -> None:
+    kind = NETWORK[fault][1] if fault in NETWORK else ETSI_014.faults[fault][1]["get"]
+    right = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
+    with faulty(pki, fault) as url, serving(right, *map(renamed, ETSI_014.right["get"])) as port:
+        members = [ETSI_014.client(pki, url), ETSI_014.client(pki, f"https://127.0.0.1:{port}")]
+        with contextlib.closing(failover_of(members)) as failover:
+            keys = failover.get_keys("SAE-B", 2)
+            served_by = {failover.served_by(key.key_id) for key in keys}
+            first, second = failover.health
+    assert len(keys) == 2
+    assert (second.breaker, second.failures, second.possibly_lost) == (BreakerState.CLOSED, 0, 0)
+    if isinstance(kind, str):
+        assert (first.served, second.served, served_by) == (2, 0, {first.name})
+        assert (first.breaker, first.failures, first.last_error) == (BreakerState.CLOSED, 0, "")
+        return
+    assert (first.served, second.served, served_by) == (0, 2, {second.name})
+    assert (first.failures, first.possibly_lost) == (1, 0 if fault in NO_KEY_TAKEN else 2)
+    assert url in first.last_error
+    well = issubclass(kind, (NoKeysLeft, KMSRequestError))  # the KME works
+    assert first.breaker is (BreakerState.CLOSED if well else BreakerState.OPEN)
+
+
+def test_kmes_that_answer_with_no_keys_are_asked_for_one_after_the_other(pki: DemoPKI) -> None:
+    context, nothing = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca), etsi_keys()
+    one, two = (etsi_keys((key_id, key)) for key_id, key in zip(IDS, KEYS, strict=False))
+    with serving(context, nothing, one, nothing) as first, serving(context, nothing, two) as second:
+        members = [ETSI_014.client(pki, f"https://127.0.0.1:{port}") for port in (first, second)]
+        with contextlib.closing(failover_of(members)) as failover:
+            keys = failover.get_keys_by_id("SAE-B", IDS)
+            health = failover.health
+    assert [key.key_id for key in keys] == IDS
+    assert [(member.served, member.possibly_lost) for member in health] == [(1, 0), (1, 0)]
