@@ -13,16 +13,10 @@ from table import committed, rows_of, same, table
 
 MUST_WORK = ("connects", "up", "down")
 
-# What times out may leave its transport to the garbage collector when its loop ends, with either kind of context: that
-# is the program's business. All of it is collected here, so that no other test hears of it.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <(function _SelectorTransport|socket.socket):pytest.PytestUnraisableExceptionWarning",
-    "ignore:unclosed (transport|<socket):ResourceWarning",
-)
-
 
 def measured(measurements: Measurements, program: type[Program]) -> Result:
     result = measurements.of(program)
+    # What a program has left behind is told of here, and not in another test.
     gc.collect()
     if isinstance(result, Missing):
         pytest.skip(str(result))
