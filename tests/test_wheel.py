@@ -64,11 +64,12 @@ def test_what_is_in_the_packages(packages: tuple[Path, Path]) -> None:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {
         "kms_client",
+        "qkd_link",
         "qkd_tls",
         f"qkd_tls-{qkd_tls.__version__}.dist-info",
     }
     sources = {path.relative_to(ROOT / "src").as_posix() for path in ROOT.glob("src/*/**/*.py")}
-    assert sources | {"kms_client/py.typed", "qkd_tls/py.typed"} <= set(names)
+    assert sources | {"kms_client/py.typed", "qkd_link/py.typed", "qkd_tls/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}

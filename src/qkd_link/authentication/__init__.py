@@ -1,0 +1,1 @@
+"""The authentication of the classical channel: one-time keys from a reserve, and the bootstrap before there are any."""

@@ -1,0 +1,1 @@
+"""From sifted bits to secret bits: reconciliation, verification, privacy amplification, and how much is secret."""
