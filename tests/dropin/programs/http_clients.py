@@ -258,19 +258,29 @@ class AIOHTTPClient(HTTPClient):
         return asyncio.run(self._fetch(path, body, timeout))
 
     async def _fetch(self, path: str, body: bytes | None, timeout: float) -> bytes:
-        async with (
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self.ends.client),
-                timeout=aiohttp.ClientTimeout(sock_read=timeout),
-            ) as session,
-            session.request(
-                "GET" if body is None else "POST", self.url + path, data=io.BytesIO(body) if body else None
-            ) as response,
-        ):
-            if response.connection is not None:
-                assert response.connection.transport is not None
-                self.ends.note(response.connection.transport.get_extra_info("ssl_object"))
-            return await response.read()
+        sockets: list[Any] = []
+        try:
+            async with (
+                aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(ssl=self.ends.client),
+                    timeout=aiohttp.ClientTimeout(sock_read=timeout),
+                ) as session,
+                session.request(
+                    "GET" if body is None else "POST",
+                    self.url + path,
+                    data=io.BytesIO(body) if body else None,
+                ) as response,
+            ):
+                if response.connection is not None:
+                    assert response.connection.transport is not None
+                    sockets.append(response.connection.transport.get_extra_info("socket"))
+                    self.ends.note(response.connection.transport.get_extra_info("ssl_object"))
+                return await response.read()
+        finally:
+            # After a time limit aiohttp leaves the end of TLS to the loop, with the standard library's context too.
+            async with asyncio.timeout(PATIENCE):
+                while any(sock.fileno() >= 0 for sock in sockets):
+                    await asyncio.sleep(0.005)
 
 
 PROGRAMS: list[type[Program]] = [
