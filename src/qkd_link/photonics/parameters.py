@@ -167,14 +167,17 @@ class Optics:
 DEFAULT = Optics(
     source=Source(
         pulse_rate=50e6,
-        intensities=(0.5, 0.1, 0.001),
-        probabilities=(0.7, 0.2, 0.1),
-        key_basis=0.9,
+        intensities=(0.5, 0.2, 0.001),
+        probabilities=(0.5, 0.3, 0.2),
+        key_basis=0.85,
     ),
     fibre=Fibre(length=20, attenuation=0.2),
-    detector=Detector(efficiency=0.5, dark_count=1e-7, dead_time=30e-9, misalignment=0.005),
+    detector=Detector(efficiency=0.7, dark_count=1e-7, dead_time=30e-9, misalignment=0.005),
 )
-"""20 km of fibre, superconducting nanowire detectors (80 %) behind 2 dB of receiver optics."""
+"""20 km of fibre, superconducting nanowire detectors (85 %) behind 0.8 dB of receiver optics.
+
+Intensities and probabilities are near the best ones for blocks of 1 to 3 million key bits.
+"""
 
 GYS = Optics(
     source=Source(
