@@ -1,10 +1,10 @@
 """What the optics give on average, in closed form: rates of clicks, error rates, key rate without statistics.
 
 X. Ma, B. Qi, Y. Zhao and H.-K. Lo, "Practical decoy state for quantum key distribution", Phys. Rev. A 72, 012326
-(2005), with its names: the gain Q is the probability that a pulse is detected, the QBER E the share of errors, the yield Y_n
-the gain of pulses with n photons. The key rate is that of D. Gottesman, H.-K. Lo, N. Lütkenhaus and J. Preskill,
-Quant. Inf. Comput. 4, 325 (2004), with single photons known from decoys. No eavesdropper, except that extra loss counts
-as loss.
+(2005), with its names: the gain Q is the probability that a pulse is detected, the QBER E the share of errors, the
+yield Y_n the gain of pulses with n photons. The key rate is that of D. Gottesman, H.-K. Lo, N. Lütkenhaus and
+J. Preskill, Quant. Inf. Comput. 4, 325 (2004), with single photons known from decoys. No eavesdropper, except that
+extra loss counts as loss.
 
 The formulas are for detectors without afterpulses; a dead time lowers all gains by `live_share`.
 """
@@ -102,19 +102,22 @@ def bound_single_photons(measured: Rates, source: Source) -> SinglePhotons:
 def asymptotic_rate(
     measured: Rates, single: SinglePhotons, source: Source, reconciliation: float = 1.22
 ) -> float:
-    """Secret bits for each pulse sent, if there are infinitely many: equation 1. May be negative: then there is no key.
+    """Secret bits for each of infinitely many pulses: equation 1 for each intensity; 0 if there are none.
 
-    The key comes from signal pulses in the key basis, so that q is ``probabilities[0] * key_basis**2`` (the paper has
-    1/2, for a key from both of two equally likely bases). `reconciliation` is what reconciliation tells, in units of
-    the Shannon limit; the paper takes 1.22 for GYS.
+    As in `finite_key`, the key comes from all intensities, but here not from one that would cost more bits than it has.
+    It comes from the key basis, so that q is ``key_basis**2`` (the paper has 1/2, for a key from both of two equally
+    likely bases). `reconciliation` is what reconciliation tells, in units of the Shannon limit; the paper takes 1.22.
     """
-    signal = source.intensities[0]
-    gain, qber = measured.gains[0], measured.qbers[0]
-    single_gain = single.single_yield * signal * exp(-signal)
-    share = source.probabilities[0] * source.key_basis**2
-    return share * (
-        single_gain * (1 - binary_entropy(single.error)) - gain * reconciliation * binary_entropy(qber)
-    )
+    total = 0.0
+    for intensity, probability, gain, qber in zip(
+        source.intensities, source.probabilities, measured.gains, measured.qbers, strict=True
+    ):
+        single_gain = single.single_yield * intensity * exp(-intensity)
+        secret = single_gain * (1 - binary_entropy(single.error)) - gain * reconciliation * binary_entropy(
+            qber
+        )
+        total += probability * max(secret, 0.0)
+    return source.key_basis**2 * total
 
 
 def live_share(optics: Optics) -> float:

@@ -169,27 +169,28 @@ DEFAULT = Optics(
         pulse_rate=50e6,
         intensities=(0.5, 0.2, 0.001),
         probabilities=(0.5, 0.3, 0.2),
-        key_basis=0.85,
+        key_basis=0.8,
     ),
     fibre=Fibre(length=20, attenuation=0.2),
     detector=Detector(efficiency=0.7, dark_count=1e-7, dead_time=30e-9, misalignment=0.005),
 )
 """20 km of fibre, superconducting nanowire detectors (85 %) behind 0.8 dB of receiver optics.
 
-Intensities and probabilities are near the best ones for blocks of 1 to 3 million key bits.
+Intensities and probabilities are near the best ones for blocks of a million key bits.
 """
 
 GYS = Optics(
     source=Source(
         pulse_rate=2e6,
-        intensities=(0.48, 0.1, 0.0),
-        probabilities=(0.7, 0.2, 0.1),
-        key_basis=0.9,
+        intensities=(0.48, 0.15, 0.0),
+        probabilities=(0.5, 0.3, 0.2),
+        key_basis=0.8,
     ),
     fibre=Fibre(length=50, attenuation=0.21),
     detector=Detector(efficiency=0.045, dark_count=0.85e-6, dead_time=0, misalignment=0.033),
 )
 """GYS: 1550 nm, 0.21 dB/km, 4.5 % at the receiver, 1.7e-6 dark counts a gate in both detectors, 3.3 % misalignment.
 
-The decoys and the biased bases are not of the experiment, which had none; its dead time is not in the model either.
+The signal's intensity is the best one in the paper. The decoys and the biased bases are not of the experiment, which
+had none; its dead time is not in the model either.
 """
