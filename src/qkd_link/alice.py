@@ -1,0 +1,265 @@
+"""Alice: the transmitter, whose keys are the reference, and who decides how many keys go where."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from .controls import Controls
+from .figures import Figures
+from .party import (
+    ONE_TIME_KEY_BITS,
+    Aborted,
+    Conversation,
+    Doubt,
+    Kind,
+    LinkError,
+    Offload,
+    Party,
+    Ready,
+    Reason,
+    Reserve,
+    Settings,
+    Share,
+    Sink,
+    inline,
+)
+from .photonics.line import MAXIMUM_PULSES, Line, Photons, Sent
+from .photonics.parameters import Fibre, Optics
+from .postprocessing.amplification import amplify, seed_length
+from .postprocessing.cascade import Reference, ReconciliationError
+from .postprocessing.verification import challenge
+from .sifting import Tally, reply
+
+__all__ = ["Alice"]
+
+_FRAME_SECONDS: Final = 0.1  # of pulses, at most
+_FRAMES_PER_BLOCK: Final = 4
+_FRAMES_AHEAD: Final = 4  # that Bob has not announced
+
+_Frames = asyncio.Queue[tuple[int, Sent]]
+_SendPhotons = Callable[[int, Photons], Awaitable[None]]
+
+
+class Alice(Party):
+    """The transmitter's side of the protocol.
+
+    Args:
+        line: transmitter and fibre; what `controls` say is done to it before each frame.
+        controls: the switches.
+        paced: whether pulses are sent no faster than the source's rate allows; else as fast as they can be computed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sink: Sink,
+        reserve: Reserve,
+        capacity: int,
+        figures: Figures,
+        line: Line,
+        controls: Controls,
+        *,
+        paced: bool = True,
+        offload: Offload = inline,
+    ) -> None:
+        """Do nothing yet."""
+        super().__init__(settings, sink, reserve, capacity, figures, offload)
+        self._line = line
+        self._controls = controls
+        self._paced = paced
+        self._optics = line.optics
+        self._ahead = asyncio.Semaphore(_FRAMES_AHEAD)
+        self._apply_controls()
+
+    async def run(self, conversation: Conversation, send_photons: _SendPhotons) -> None:
+        """One session: make keys until it is cancelled or something fails.
+
+        Raises:
+            LinkError: Bob does not follow the protocol, or has other settings.
+            Exception: whatever the channels raise.
+        """
+        await self._begin(conversation)
+        frames: _Frames = asyncio.Queue()
+        self._ahead = asyncio.Semaphore(_FRAMES_AHEAD)
+        transmitting = asyncio.create_task(self._transmit(frames, send_photons))
+        blocks = asyncio.create_task(self._blocks(conversation, frames))
+        try:
+            await asyncio.wait((transmitting, blocks), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (transmitting, blocks):
+                task.cancel()
+            results = await asyncio.gather(transmitting, blocks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _begin(self, conversation: Conversation) -> None:
+        """Agree on the settings, and on the last block of the last session."""
+        _, body = await self._receive(conversation, Kind.READY)
+        ready = Ready.from_bytes(body)
+        if self.peer_instance in (None, ready.instance):
+            # Bob has confirmed the block in doubt, so he holds its keys and stores the rest with this answer.
+            self._sink.settle()
+        else:
+            self._sink.drop()
+        self.peer_instance = ready.instance
+        await conversation.send(self._ready().to_bytes(), last=True)
+        self._check_ready(ready)
+
+    # --- the quantum channel
+
+    def _apply_controls(self) -> None:
+        controls, optics = self._controls, self._optics
+        self._line.optics = replace(
+            optics,
+            fibre=Fibre(controls.length_km, optics.fibre.attenuation),
+            eavesdropper=replace(
+                optics.eavesdropper,
+                intercept=controls.intercept,
+                splitting=controls.splitting,
+                extra_loss=controls.extra_loss_db,
+            ),
+        )
+        self.figures.optics = described(self._line.optics)
+
+    def _frame_pulses(self) -> int:
+        """Pulses in a frame: few enough for a few frames to fill a block."""
+        optics, source = self._line.optics, self.settings.source
+        mean = float(np.dot(source.intensities, source.probabilities))
+        expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
+        pulses = self.settings.block_bits / _FRAMES_PER_BLOCK / max(expected, 1e-12)
+        longest = _FRAME_SECONDS * source.pulse_rate if self._paced else MAXIMUM_PULSES
+        return max(1, int(min(pulses, longest)))
+
+    async def _transmit(self, frames: _Frames, send_photons: _SendPhotons) -> None:
+        number = 0
+        free = time.monotonic()  # when the source is done with the last frame
+        while True:
+            await self._ahead.acquire()
+            await self._sink.wait_for_room()
+            self._apply_controls()
+            pulses = self._frame_pulses()
+            begin = time.monotonic()
+            sent, photons = await self._offload(self._line.transmit, pulses)
+            if self._paced:
+                free = max(free, begin) + pulses / self.settings.source.pulse_rate
+                await asyncio.sleep(max(0.0, free - time.monotonic()))
+            frames.put_nowait((number, sent))
+            await send_photons(number, photons)
+            number += 1
+
+    # --- blocks
+
+    async def _blocks(self, conversation: Conversation, frames: _Frames) -> None:
+        number = 0
+        while True:
+            number += 1
+            tally = Tally()
+            try:
+                await self._block(conversation, frames, number, tally)
+            except Aborted as aborted:
+                await self._end(conversation, aborted)
+                self._report(number, tally, reason=aborted.reason.text)
+
+    async def _block(self, conversation: Conversation, frames: _Frames, number: int, tally: Tally) -> None:
+        await self._sift(conversation, frames, tally)
+        self._check_qber(tally)
+        bits = tally.key_bits()
+        reference = await self._offload(
+            Reference, bits, self._estimate(tally), self._orders(conversation.session, number)
+        )
+        errors = await self._reconcile(conversation, reference)
+        if errors > self.settings.qber_threshold * bits.size:
+            raise Aborted(Reason.QBER, heard=True)
+        share = self._share(self._length(tally, reference.leaked_bits))
+        seed_bits = seed_length(bits.size, share.length)
+        seed = np.frombuffer(os.urandom((seed_bits + 7) // 8), dtype=np.uint8)
+        seed = np.unpackbits(seed, count=seed_bits)
+        body = challenge(bits) + share.to_bytes() + np.packbits(seed).tobytes()
+        await self._send(conversation, Kind.FINAL, body, last=True)
+        secret = await self._offload(amplify, bits, seed, share.length)
+        _, confirmed = await self._receive(conversation, Kind.CONFIRM)
+        bits[:] = 0
+        if confirmed != b"\x01":
+            secret[:] = 0
+            self.figures.residual_errors += 1
+            self._report(number, tally, reason=Reason.RESIDUAL_ERRORS.text)
+            return
+        refill, keys = self._cut(conversation.session, number, secret, share)
+        # From here to the note of the block nothing waits: all of it is done, or none.
+        self._sink.settle()
+        self._sink.hold(keys.for_b)
+        self._sink.offer(keys.for_a)
+        self._reserve.put(refill)
+        self._doubt = Doubt(conversation.session, number)
+        self._report(number, tally, errors=errors, leaked=reference.leaked_bits, share=share)
+        await self._send(conversation, Kind.COMMITTED, last=True)
+
+    async def _sift(self, conversation: Conversation, frames: _Frames, tally: Tally) -> None:
+        while tally.sifted < self.settings.block_bits:
+            frame, sent = await frames.get()
+            self._ahead.release()
+            _, told = await self._receive(conversation, Kind.SIFT)
+            answer, sifted = await self._offload(reply, frame, sent, told)
+            tally.add(sifted)
+            await self._send(conversation, Kind.SIFTED, answer, last=False)
+            self.figures.sifted(sifted.key_bits.size, tally.sifted, self.settings.block_bits)
+
+    async def _reconcile(self, conversation: Conversation, reference: Reference) -> int:
+        """Answer Bob's questions; returns how many errors he has found."""
+        while True:
+            kind, body = await self._receive(conversation, Kind.QUESTION, Kind.DONE)
+            if kind == Kind.DONE:
+                try:
+                    return int(struct.unpack(">I", body)[0])
+                except struct.error:
+                    raise LinkError("the other side does not say how many errors it has found") from None
+            try:
+                answer = await self._offload(reference.answer, body)
+            except ReconciliationError:
+                raise Aborted(Reason.RECONCILIATION) from None
+            await self._send(conversation, Kind.ANSWER, answer, last=False)
+
+    def _share(self, length: int) -> Share:
+        """First the reserve is filled up, then the direction with fewer keys, as far as there is room.
+
+        Raises Aborted if there is nothing to share out.
+        """
+        size = self.settings.key_size
+        refill = min(self._reserve.missing(), length // (2 * ONE_TIME_KEY_BITS))
+        keys = (length - 2 * ONE_TIME_KEY_BITS * refill) // size
+        if not refill and not keys:
+            raise Aborted(Reason.NOTHING_SECRET, heard=True)
+        room_a, room_b = self._sink.room()
+        fewer = max(self._capacity - self._peer_capacity, 0)  # Bob's store is the smaller one
+        room_a, room_b = max(0, room_a - fewer), max(0, room_b - fewer)
+        # The direction with more room gets more, until both have the same room.
+        for_a = min(room_a, max(0, min(keys, (keys + room_a - room_b + 1) // 2)))
+        for_b = min(room_b, keys - for_a)
+        for_a = min(room_a, keys - for_b)
+        return Share(length, refill, for_a, for_b)
+
+
+def described(optics: Optics) -> dict[str, float]:
+    """The optics in numbers, for operators."""
+    source, detector = optics.source, optics.detector
+    return {
+        "pulse_rate_hz": source.pulse_rate,
+        "signal_intensity": source.intensities[0],
+        "length_km": optics.fibre.length,
+        "attenuation_db_km": optics.fibre.attenuation,
+        "loss_db": optics.fibre.loss,
+        "extra_loss_db": optics.eavesdropper.extra_loss,
+        "detector_efficiency": detector.efficiency,
+        "dark_count": detector.dark_count,
+        "dead_time_s": detector.dead_time,
+        "misalignment": detector.misalignment,
+    }
