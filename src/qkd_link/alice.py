@@ -34,7 +34,7 @@ from .party import (
 from .photonics.line import MAXIMUM_PULSES, Line, Photons, Sent
 from .photonics.parameters import Fibre, Optics
 from .postprocessing.amplification import amplify, seed_length
-from .postprocessing.cascade import Reference, ReconciliationError
+from .postprocessing.cascade import ReconciliationError, Reference
 from .postprocessing.verification import challenge
 from .sifting import Tally, reply
 

@@ -61,6 +61,7 @@ __all__ = [
 ONE_TIME_KEY_BITS: Final = 256  # that authenticate one message
 
 _Bits = NDArray[np.uint8]
+_SECURITY: Final = Security()
 _SHARE: Final = struct.Struct(">IHII")
 _READY: Final = struct.Struct(">16s32sI16sI")
 _T = TypeVar("_T")
@@ -206,7 +207,7 @@ class Settings:
     """What both sides must have agreed on beforehand; sizes in bits."""
 
     source: Source = DEFAULT.source
-    security: Security = Security()
+    security: Security = _SECURITY
     block_bits: int = 1_000_000
     """Sifted bits of the key basis in a block, at least."""
     qber_threshold: float = 0.08
