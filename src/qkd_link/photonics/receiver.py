@@ -104,7 +104,7 @@ class Receiver:
 
         dead = self.detector.dead_gates(self._source.pulse_rate)
         inside = int(np.searchsorted(gates, frame))
-        happened, first = self._decide(gates[:inside], parents[:inside], dead)
+        happened, first = self._decide(gates[:inside], detectors[:inside], parents[:inside], dead)
 
         clicks = np.flatnonzero(first)
         last = int(gates[clicks[-1]]) if len(clicks) else -1
@@ -116,10 +116,8 @@ class Receiver:
         self._waiting_gates = gates[inside:][waiting] - frame
         self._waiting_detectors = detectors[inside:][waiting]
 
-        bits = detectors[clicks].copy()
-        second = np.flatnonzero(happened & ~first)
-        gate_of_second = np.searchsorted(gates[clicks], gates[second])
-        doubles = np.unique(gate_of_second[detectors[second] != bits[gate_of_second]])
+        bits = detectors[clicks]
+        doubles = np.searchsorted(clicks, np.flatnonzero(happened & ~first)) - 1
         bits[doubles] = self._rng.integers(0, 2, size=len(doubles), dtype=np.uint8)
         return Clicks(gates[clicks].astype(np.uint32), events.bases[order][clicks], bits, frame, len(doubles))
 
@@ -191,33 +189,45 @@ class Receiver:
             parts.append(generation)
         return _Events.join(parts)
 
-    def _decide(self, gates: Gates, parents: Gates, dead: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which events happen, and which of those are the first of their gate."""
+    def _decide(
+        self, gates: Gates, detectors: Bits, parents: Gates, dead: int
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which events happen, and which of those are the first of their gate.
+
+        An event in a detector that has clicked in this gate already is no other click, and so has no afterpulse.
+        """
         happened = np.ones(len(gates), dtype=np.bool_)
         first = np.ones(len(gates), dtype=np.bool_)
         near = np.empty(len(gates), dtype=np.bool_)
         near[1:] = gates[1:] - gates[:-1] <= dead
-        near[:1] = True
-        blocked = int(np.searchsorted(gates, self._dead_until))
-        near[: blocked + 1] = True
+        near[: int(np.searchsorted(gates, self._dead_until)) + 1] = True
         unsure = np.flatnonzero(near | (parents != NO_PARENT))
-        gate_list, parent_list = gates[unsure].tolist(), parents[unsure].tolist()
-        before = gates[unsure - 1].tolist()
+        before = unsure - 1
+        last_gate, fired = -1, 0
         free_from = self._dead_until  # the first gate after the dead time of the last click
-        last_gate = -1
         previous = -1
-        for i, gate, parent, gate_before in zip(unsure.tolist(), gate_list, parent_list, before, strict=True):
+        for i, gate, detector, parent, gate_before, detector_before in zip(
+            unsure.tolist(),
+            gates[unsure].tolist(),
+            (detectors[unsure] + 1).tolist(),
+            parents[unsure].tolist(),
+            gates[before].tolist(),
+            (detectors[before] + 1).tolist(),
+            strict=True,
+        ):
             if i and i - 1 != previous:  # the event before was not in doubt
-                last_gate = gate_before
+                last_gate, fired = gate_before, detector_before
                 free_from = gate_before + dead + 1
             previous = i
             if parent != NO_PARENT and not happened[parent]:
                 happened[i] = first[i] = False
             elif gate == last_gate:
+                happened[i] = not fired & detector
                 first[i] = False
+                fired |= detector
             elif gate < free_from:
                 happened[i] = first[i] = False
             else:
-                last_gate = gate
+                last_gate, fired = gate, detector
                 free_from = gate + dead + 1
         return happened, first
