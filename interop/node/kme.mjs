@@ -3,16 +3,15 @@
 import { Agent, request } from "node:https";
 
 import { SHORTEST_QKD_KEY } from "./derivation.mjs";
+import { QkdError } from "./errors.mjs";
 
 const TIMEOUT = 5000; // milliseconds for a whole request
 const LARGEST_ANSWER = 1 << 20; // bytes
 
 /** The KME did not give the keys. `code` is the reject code of qkd-tls/1 that fits. */
-export class KmeError extends Error {
+export class KmeError extends QkdError {
   constructor(code, message) {
-    super(message);
-    this.name = "KmeError";
-    this.code = code;
+    super("unavailable", message, { code });
   }
 }
 

@@ -114,7 +114,7 @@ export class HybridServer {
       offer = await this.#offer(handshake);
       agreed = await this.#agree(offer, handshake, hello);
     } catch (error) {
-      if (!(error instanceof QkdError && error.code) && !(error instanceof KmeError)) throw error;
+      if (!(error instanceof QkdError && error.code)) throw error;
       await this.#reject(transport, handshake, error, offer, alpn);
       return ordinaryConnection(handshake, alpn, error.code, this.#kme.requests - before);
     }

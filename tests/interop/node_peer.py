@@ -5,6 +5,7 @@ All peers of Node.js are in one process, which is told what to do in lines of JS
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, Protocol, Self
 import pytest
 from socket_support import TIMEOUT, Lab, Server, connect
 
-from qkd_tls import KDF, QKDContext, QKDError, QKDInfo, QKDKeyMismatch, QKDProtocolError
+from qkd_tls import KDF, QKDContext, QKDError, QKDInfo, QKDKeyMismatch, QKDProtocolError, QKDSocket
 
 __all__ = [
     "Client",
@@ -63,10 +64,13 @@ class Report:
 class Failed(Exception):
     """What one side says of a connection that failed.
 
-    `kind`: `unavailable`, `mismatch` or `protocol` where it is an error of qkd-tls/1; None for one of TLS below it.
+    `kind`: `unavailable`, `mismatch`, `closed` or `protocol` where it is an error of qkd-tls/1; `ended` where the
+    connection was there, and then closed before all had come back; None for an error of TLS.
     """
 
-    def __init__(self, message: str, kind: str | None, code: str | None, key_id: str | None) -> None:
+    def __init__(
+        self, message: str, kind: str | None, code: str | None = None, key_id: str | None = None
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.code = code
@@ -125,6 +129,8 @@ def _our_failure(error: BaseException) -> Failed:
     if isinstance(error, QKDError):
         kind = {QKDKeyMismatch: "mismatch", QKDProtocolError: "protocol"}.get(type(error), "unavailable")
         code, key_id = error.code, next(iter(error.key_ids), None)
+    elif isinstance(error, ssl.SSLEOFError):
+        kind = "closed"
     return Failed(str(error), kind, code, key_id)
 
 
@@ -143,16 +149,24 @@ class OurClient:
             with connect(address, self._context) as sock:
                 sent, received = secrets.token_bytes(size), bytearray()
                 # A server that echoes cannot go on where nobody takes what it sends.
-                sending = threading.Thread(target=sock.sendall, args=(sent,))
+                sending = threading.Thread(target=_send, args=(sock, sent))
                 sending.start()
                 while len(received) < size and (chunk := sock.recv(1 << 16)):
                     received += chunk
                 sending.join(TIMEOUT)
+                if len(received) < size:
+                    raise Failed("the server has closed the connection", "ended")
                 assert received == sent
                 assert sock.qkd is not None
                 return _our_report(sock.qkd)
         except ssl.SSLError as error:
             raise _our_failure(error) from error
+
+
+def _send(sock: QKDSocket, data: bytes) -> None:
+    # The server may have gone; who reads will see that.
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
 
 
 class OurServer:
@@ -279,7 +293,7 @@ def _node_report(result: Mapping[str, Any]) -> Report:
     if "error" in result:
         error = result["error"]
         # Of other errors than those of qkd-tls/1, `code` is the TLS stack's.
-        code = error["code"] if error["name"] in ("QkdError", "KmeError") else None
+        code = error["code"] if error["name"] == "QkdError" else None
         raise Failed(f"{error['message']} ({error['code']})", error["kind"], code, error["keyId"])
     info: dict[str, Any] = dict(result["info"])
     info.pop("peer")
@@ -309,6 +323,8 @@ class NodeClient:
             "connect", name=self._name, host="localhost", address=address[0], port=address[1], bytes=size
         )
         report = _node_report(result)
+        if result["echo"]["bytes"] < size:
+            raise Failed("the server has closed the connection", "ended")
         assert result["echo"] == {"bytes": size, "same": True}
         return report
 

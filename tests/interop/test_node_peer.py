@@ -6,13 +6,20 @@ The peers of Node.js share no code with ours: they were written from docs/protoc
 from __future__ import annotations
 
 import json
+import re
+import socket
+import ssl
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from node_peer import (
+    MAIN,
+    ROOT,
     Client,
     Failed,
     NodeClient,
@@ -22,11 +29,18 @@ from node_peer import (
     OurServer,
     Report,
     Serving,
+    kme_settings,
+    node,
 )
-from socket_support import Lab
+from socket_support import TIMEOUT, Authority, Lab, Proxy, talk
+from socket_support import Server as StockServer
+
+from kms_client.emulator import Faults
 
 CIPHER = "TLS_AES_128_GCM_SHA256"
 LARGE = 600_000
+RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
+"""What makes a ServerHello a HelloRetryRequest (RFC 8446 section 4.1.3)."""
 PAIRS = ["node-ours", "ours-node", "node-node", "ours-ours"]
 
 
@@ -120,12 +134,14 @@ class Pair:
         """One connection that works, as the client sees it and as the server does."""
         return client.connect(server.address, size), server.outcome()
 
-    def hybrid(self, client: Client, server: Serving, path: str, size: int = 16) -> Report:
+    def hybrid(
+        self, client: Client, server: Serving, path: str, size: int = 16, via: Proxy | None = None
+    ) -> Report:
         """One hybrid connection. Both sides say the same of it, and each KME has delivered its key once.
 
         Returns what the client says.
         """
-        mine, theirs = self.connect(client, server, size)
+        mine, theirs = client.connect(via.address if via else server.address, size), server.outcome()
         assert mine.protection == "hybrid"
         assert mine.path == path
         assert mine.cipher == CIPHER
@@ -140,6 +156,11 @@ class Pair:
         """How often the KMEs have delivered a key, and to whom."""
         assert self.lab.kmes is not None
         return Counter((one.sae_id, one.role) for one in self.lab.kmes.deliveries if one.key_id == key_id)
+
+    def faults(self, side: str) -> Faults:
+        """The switches of one site's KME."""
+        assert self.lab.kmes is not None
+        return self.lab.kmes.faults("a" if side == "client" else "b")
 
     def delivered(self) -> int:
         """Deliveries so far."""
@@ -206,13 +227,22 @@ class TestHybrid:
     def test_hello_retry_request(self, pair: Pair) -> None:
         """The client's key share is not for the server's group: it repeats its ClientHello with the same PSK."""
         client, server = pair.client(groups=["X25519MLKEM768", "X25519"]), pair.server(groups=["X25519"])
-        for path in ("bootstrap", "associated"):
-            assert pair.hybrid(client, server, path).group == "X25519"
+        with Proxy(server.address) as proxy:
+            for path, retries in ("bootstrap", 2), ("associated", 3):
+                assert pair.hybrid(client, server, path, via=proxy).group == "X25519"
+                assert proxy.server_sent.count(RETRY) == retries
 
     def test_mutual_tls(self, pair: Pair) -> None:
         client, server = pair.client(mutual=True), pair.server(mutual=True)
         for path in ("bootstrap", "associated"):
             pair.hybrid(client, server, path)
+
+    def test_cut_into_pieces(self, pair: Pair) -> None:
+        """Neither TLS connection loses a byte to the other, wherever the network cuts them."""
+        client, server = pair.client(announced=1), pair.server()
+        with Proxy(server.address, piece=7) as proxy:
+            for path in ("bootstrap", "associated"):
+                pair.hybrid(client, server, path, 2000, via=proxy)
 
     @pytest.mark.parametrize(
         ("offered", "selected"), [(["h2", "http/1.1"], "http/1.1"), (["spdy"], None), ([], None)]
@@ -235,30 +265,291 @@ class TestHealing:
         assert not mine.announced, "keys of the old association are gone with it"
         assert pair.hybrid(client, server, "associated").association == mine.association
 
-    def test_server_kme_does_not_have_the_key(self, pair: Pair) -> None:
-        """It answers once that it has no such key; the connection bootstraps anew with another key."""
-        client, server = pair.client(pipelined=False), pair.server()
+    def test_server_kme_gives_no_key_once(self, pair: Pair) -> None:
+        """The key that the ClientHello names is lost; in the bootstrap that follows there is no key either."""
+        client, server = pair.client(), pair.server()
         first = pair.hybrid(client, server, "bootstrap")
-        assert pair.lab.kmes is not None
-        taken = pair.delivered()
-        faults = pair.lab.kmes.faults("b")
+        before = pair.delivered()
+        faults = pair.faults("server")
         faults.answer_with = 400, json.dumps({"message": "one or more keys specified are not found on KME"})
-        with pytest.raises(Failed) as caught:
+        with failing("unavailable", "unknown_key"):
             client.connect(server.address)
-        assert caught.value.code == "unknown_key"
-        with pytest.raises(Failed) as caught:
+        with pytest.raises(Failed) as theirs:
             server.outcome()
-        assert pair.delivered() == taken + 2, "the client has got a key for each of the two handshakes"
+        assert theirs.value.code == "unknown_key"
+        assert pair.delivered() == before + 2, "to the client, for each of the two handshakes"
         faults.answer_with = None
         assert pair.hybrid(client, server, "bootstrap").association != first.association
 
 
-class TestRejected:
-    def test_client_requires(self, pair: Pair) -> None:
-        client, server = pair.client(), pair.server(allowed=["SAE-X"])
+@contextmanager
+def failing(kind: str | None, code: str | None = None) -> Iterator[pytest.ExceptionInfo[Failed]]:
+    with pytest.raises(Failed) as caught:
+        yield caught
+    assert (caught.value.kind, caught.value.code) == (kind, code), str(caught.value)
+
+
+POLICIES = [("require", "require"), ("prefer", "require"), ("require", "prefer"), ("prefer", "prefer")]
+
+
+@pytest.mark.filterwarnings("ignore::qkd_tls.QKDFallbackWarning")
+class TestWithoutAKey:
+    @pytest.mark.parametrize("pipelined", [True, False], ids=["pipelined", "in steps"])
+    def test_rejected_and_both_prefer(self, pair: Pair, pipelined: bool) -> None:
+        """The bootstrap goes on with the application's data, behind the ClientHello that was skipped."""
+        client = pair.client(policy="prefer", pipelined=pipelined, alpn=["h2", "http/1.1"])
+        server = pair.server(policy="prefer", allowed=["SAE-X"], alpn=["http/1.1"])
+        for _ in range(2):
+            for report in pair.connect(client, server, LARGE):
+                assert (report.protection, report.group) == ("pq-only", "X25519MLKEM768")
+                assert report.alpn == "http/1.1"
+                assert report.fallback is not None
+                assert report.path is report.key_id is report.association is None
+
+    @pytest.mark.parametrize("pipelined", [True, False], ids=["pipelined", "in steps"])
+    @pytest.mark.parametrize(("mine", "theirs"), POLICIES[:3])
+    def test_rejected_and_one_side_requires(
+        self, pair: Pair, mine: str, theirs: str, pipelined: bool
+    ) -> None:
+        client = pair.client(policy=mine, pipelined=pipelined)
+        server = pair.server(policy=theirs, allowed=["SAE-X"])
+        if mine == "require":
+            with failing("unavailable", "unknown_sae"):
+                client.connect(server.address)
+        else:
+            # It has no way to know that the server does not go on, but that the connection ends.
+            with failing("ended"):
+                client.connect(server.address)
+        if theirs == "require":
+            with failing("unavailable", "unknown_sae"):
+                server.outcome()
+        else:
+            # Nor has the server, and its application sees no byte.
+            assert server.outcome().protection == "pq-only"
+
+    @pytest.mark.parametrize(("mine", "theirs"), POLICIES)
+    def test_server_kme_is_down(self, pair: Pair, mine: str, theirs: str) -> None:
+        client, server = pair.client(policy=mine), pair.server(policy=theirs)
+        pair.faults("server").answer_with = 503, "{}"
+        if mine == theirs == "prefer":
+            assert [report.protection for report in pair.connect(client, server)] == ["pq-only"] * 2
+            return
+        with failing(*("ended",) if mine == "prefer" else ("unavailable", "kms_unavailable")):
+            client.connect(server.address)
+        if theirs == "require":
+            with failing("unavailable", "kms_unavailable"):
+                server.outcome()
+        else:
+            assert server.outcome().protection == "pq-only"
+
+    def test_client_kme_is_down_and_both_prefer(self, pair: Pair) -> None:
+        """An offer of no key in a bootstrap; with an association at hand an ordinary ClientHello."""
+        client, server = pair.client(policy="prefer"), pair.server(policy="prefer")
+        faults = pair.faults("client")
+        faults.answer_with = 503, "{}"
+        assert [report.protection for report in pair.connect(client, server)] == ["pq-only"] * 2
+        faults.answer_with = None
+        first = pair.hybrid(client, server, "bootstrap")
+        faults.answer_with = 503, "{}"
+        assert [report.protection for report in pair.connect(client, server)] == ["pq-only"] * 2
+        faults.answer_with = None
+        assert pair.hybrid(client, server, "associated").association == first.association
+
+    def test_client_kme_is_down_and_the_client_requires(self, pair: Pair) -> None:
+        client, server = pair.client(), pair.server(policy="prefer")
+        pair.faults("client").answer_with = 503, "{}"
         with pytest.raises(Failed) as caught:
             client.connect(server.address)
-        assert (caught.value.kind, caught.value.code) == ("unavailable", "unknown_sae")
-        with pytest.raises(Failed) as caught:
-            server.outcome()
         assert caught.value.kind == "unavailable"
+        with pytest.raises(Failed, match="close"):
+            server.outcome()
+
+
+class TestKeyMismatch:
+    """The server's KME gives another key than the client's. Nothing ever goes on from there."""
+
+    @pytest.mark.parametrize("policy", ["require", "prefer"])
+    def test_in_a_bootstrap(self, pair: Pair, policy: str) -> None:
+        client, server = pair.client(policy=policy), pair.server(policy=policy)
+        pair.faults("server").corrupt_keys = True
+        self.mismatch(pair, client, server)
+
+    @pytest.mark.parametrize("policy", ["require", "prefer"])
+    def test_on_a_later_connection(self, pair: Pair, policy: str) -> None:
+        client, server = pair.client(policy=policy), pair.server(policy=policy)
+        pair.hybrid(client, server, "bootstrap")
+        faults = pair.faults("server")
+        faults.corrupt_keys = True
+        self.mismatch(pair, client, server)
+        faults.corrupt_keys = False
+        pair.hybrid(client, server, "associated")
+
+    @staticmethod
+    def mismatch(pair: Pair, client: Client, server: Serving) -> None:
+        with failing("mismatch") as mine:
+            client.connect(server.address)
+        with failing("mismatch") as theirs:
+            server.outcome()
+        key_id = mine.value.key_id
+        assert key_id is not None
+        assert key_id == theirs.value.key_id
+        assert key_id in str(mine.value)
+        assert key_id in str(theirs.value)
+        assert pair.deliveries(key_id) == {("SAE-A", "master"): 1, ("SAE-B", "slave"): 1}
+
+
+class TestCertificates:
+    """What TLS checks is checked, and no key is asked for."""
+
+    def test_server_of_an_unknown_issuer(self, pair: Pair, tmp_path: Path) -> None:
+        client, server = pair.client(), pair.server()
+        pair.lab = replace(pair.lab, ca=Authority(tmp_path, "Another CA"))
+        stranger = pair.client()
+        before = pair.delivered()
+        with failing(None):
+            stranger.connect(server.address)
+        with pytest.raises(Failed):
+            server.outcome()
+        assert pair.delivered() == before
+        pair.hybrid(client, server, "bootstrap")
+
+    def test_server_of_another_name(self, pair: Pair) -> None:
+        pair.lab = replace(pair.lab, server_identity=pair.lab.ca.issue("elsewhere", ["elsewhere.example"]))
+        client, server = pair.client(), pair.server()
+        before = pair.delivered()
+        with failing(None):
+            client.connect(server.address)
+        with pytest.raises(Failed):
+            server.outcome()
+        assert pair.delivered() == before
+
+    def test_client_without_a_certificate(self, pair: Pair) -> None:
+        """A client of TLS 1.3 is done before the server refuses it; it may have asked its KME by then."""
+        client, server = pair.client(), pair.server(mutual=True)
+        with pytest.raises(Failed):
+            client.connect(server.address)
+        with failing(None):
+            server.outcome()
+
+
+# --- Node.js alone
+
+
+def test_the_parts_by_themselves() -> None:
+    """Derivation with the vectors of the project, control messages and ClientHellos: Node.js' own test runner."""
+    command = [node(), "--test", "--test-reporter=tap", *map(str, sorted(MAIN.parent.glob("*.test.mjs")))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stdout
+    vectors = json.loads((ROOT / "tests" / "vectors" / "hybrid_psk_v1.json").read_text())["cases"]
+    assert len(re.findall(r"^ok .* - vector ", run.stdout, re.MULTILINE)) == len(vectors)
+
+
+@pytest.fixture
+def node_to_node(lab: Lab, process: NodeProcess) -> Iterator[Pair]:
+    pair = Pair("node", "node", lab, process)
+    with pair.stack:
+        yield pair
+
+
+class TestStockPeers:
+    """Peers of the Node.js implementation that know nothing of qkd-tls/1: the standard library's ssl, over X25519."""
+
+    def test_server(self, node_to_node: Pair) -> None:
+        with StockServer(node_to_node.lab.stock_server()) as server:
+            client = node_to_node.client(policy="prefer", groups=["X25519"])
+            report = client.connect(server.address)
+            assert (report.protection, report.group, report.key_id) == ("classical", "X25519", None)
+            assert "does not speak qkd-tls/1" in (report.fallback or "")
+            with failing("unavailable"):
+                node_to_node.client(groups=["X25519"]).connect(server.address)
+
+    def test_client(self, node_to_node: Pair) -> None:
+        context = node_to_node.lab.stock_client()
+        context.set_alpn_protocols(["http/1.1"])
+        server = node_to_node.server(policy="prefer", groups=["X25519"], alpn=["http/1.1"])
+        with (
+            socket.create_connection(server.address, timeout=TIMEOUT) as raw,
+            context.wrap_socket(raw, server_hostname="localhost") as client,
+        ):
+            talk(client)
+            assert client.selected_alpn_protocol() == "http/1.1"
+        report = server.outcome()
+        assert (report.protection, report.alpn) == ("classical", "http/1.1")
+        required = node_to_node.server(groups=["X25519"], alpn=["http/1.1"])
+        with (
+            socket.create_connection(required.address, timeout=TIMEOUT) as raw,
+            pytest.raises(ssl.SSLError, match="no application protocol"),
+        ):
+            context.wrap_socket(raw, server_hostname="localhost")
+        with failing("unavailable"):
+            required.outcome()
+
+    def test_tickets_resume_nothing(self, node_to_node: Pair) -> None:
+        """Node.js' server sends tickets, too; what a client does with them ends in a full handshake."""
+        context = node_to_node.lab.stock_client()
+        server = node_to_node.server(policy="prefer", groups=["X25519"])
+        session: ssl.SSLSession | None = None
+        for _ in range(3):
+            with (
+                socket.create_connection(server.address, timeout=TIMEOUT) as raw,
+                context.wrap_socket(raw, server_hostname="localhost", session=session) as client,
+            ):
+                talk(client)
+                assert not client.session_reused
+                session = client.session
+                assert session is not None
+                assert session.has_ticket
+            assert server.outcome().protection == "classical"
+
+
+class TestPrograms:
+    """`main.mjs` as a person runs it."""
+
+    def test_version(self) -> None:
+        run = subprocess.run([node(), str(MAIN), "version"], capture_output=True, text=True, check=True)
+        version = json.loads(run.stdout)
+        assert int(version["node"].split(".")[0]) >= 26
+        assert tuple(int(part) for part in version["openssl"].split(".")[:2]) >= (3, 5)
+
+    def test_usage(self) -> None:
+        run = subprocess.run([node(), str(MAIN), "fly"], capture_output=True, text=True, check=False)
+        assert run.returncode == 2
+        assert "usage: main.mjs" in run.stderr
+
+    def test_a_pairing_by_hand(self, lab: Lab, tmp_path: Path) -> None:
+        client, server = tmp_path / "client.json", tmp_path / "server.json"
+        client.write_text(
+            json.dumps(
+                {
+                    "saeId": "SAE-A",
+                    "peerSaeId": "SAE-B",
+                    "kme": kme_settings(lab, "client"),
+                    "ca": str(lab.ca.file),
+                }
+            )
+        )
+        identity = lab.server_identity
+        server.write_text(
+            json.dumps(
+                {
+                    "saeId": "SAE-B",
+                    "kme": kme_settings(lab, "server"),
+                    "cert": str(identity.cert_file),
+                    "key": str(identity.key_file),
+                }
+            )
+        )
+        with subprocess.Popen(
+            [node(), str(MAIN), "serve", str(server)], stdout=subprocess.PIPE, text=True
+        ) as serving:
+            assert serving.stdout is not None
+            try:
+                port = json.loads(serving.stdout.readline())["port"]
+                command = [node(), str(MAIN), "connect", str(client), "localhost", str(port)]
+                run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+                mine, theirs = json.loads(run.stdout), json.loads(serving.stdout.readline())
+            finally:
+                serving.terminate()
+        assert mine["info"]["protection"] == theirs["info"]["protection"] == "hybrid"
+        assert mine["info"]["keyId"] == theirs["info"]["keyId"]
+        assert mine["echo"] == {"bytes": 16, "same": True}
