@@ -9,9 +9,10 @@ they are taken for: phases are random, nothing but the photon number tells the i
 detected does not depend on the receiver's basis. The block's counts must be those of all pulses sent in it, its key
 bits those of all three intensities.
 
-One thing differs from the paper. The step from Z to X, equation 5, takes a normal approximation that is too good when
-there are hardly any errors: with none it would allow none. So at least ``ln(21 / secrecy)`` errors are taken to have
-been there: a sample without errors excludes a higher rate, with the certainty that the proof wants.
+Two things differ from the paper, both to the safe side. The step from Z to X, equation 5, takes a normal approximation,
+which is too good for a handful of errors: with none it would allow none. So at least ``2 ln(21 / secrecy)`` errors are
+taken to have been there. And it is too good for a small X: so Z counts as no larger than X. With both, the bound holds
+for the exact (hypergeometric) distribution; the tests compute it.
 
 The length depends on what was counted in the block, so that the protocol is one of variable length, which later work
 has looked at more closely than the paper: J. Wiesemann et al., "A consolidated and accessible security proof for
@@ -115,8 +116,8 @@ def secret_length(counts: BlockCounts, source: Source, leaked_bits: int, securit
     check_single = _single(counts.check, source, security)
     phase_error = 0.5
     if single > 0 and check_single > 0:
-        errors = max(_single_errors(counts.errors, source, security), _minimum_errors(security))
-        phase_error = _phase_error(errors / check_single, check_single, single, security)
+        errors = _single_errors(counts.errors, source, security)
+        phase_error = _phase_error(errors, check_single, single, security)
     # Equation 1. (The entropy of a rate above a half would fall again; the bound says nothing then.)
     length = (
         vacuum
@@ -126,11 +127,6 @@ def secret_length(counts: BlockCounts, source: Source, leaked_bits: int, securit
         - log2(2 / security.correctness)
     )
     return SecretLength(max(floor(length), 0), qber, phase_error, vacuum, single)
-
-
-def _minimum_errors(security: Security) -> float:
-    """A rate r leaves a sample of s without any error with a probability of at most ``exp(-r s)``."""
-    return log(TERMS / security.secrecy)
 
 
 def _tau(photons: int, source: Source) -> float:
@@ -179,11 +175,13 @@ def _single_errors(errors: Counts, source: Source, security: Security) -> float:
     return max(_tau(1, source) * (high[1] - low[2]) / (decoy - weakest), 0.0)
 
 
-def _phase_error(rate: float, check: float, key: float, security: Security) -> float:
-    """Equation 5: the error rate in `key` detections, at most, from that in `check` detections, others than these."""
+def _phase_error(errors: float, check: float, key: float, security: Security) -> float:
+    """Equation 5: the error rate in `key` detections, at most, if there are `errors` in `check` other ones."""
+    sample = min(check, key)
+    rate = max(errors / check, 2 * log(TERMS / security.secrecy) / sample)
     if rate >= 0.5:
         return 0.5
-    both = (check + key) / (check * key)
+    both = (sample + key) / (sample * key)
     spread = rate * (1 - rate)
     gamma = sqrt(both * spread / log(2) * log2(both / spread * TERMS**2 / security.secrecy**2))
     return min(rate + gamma, 0.5)
