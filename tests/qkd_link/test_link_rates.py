@@ -137,7 +137,7 @@ def test_the_finite_key_rate_stays_below_the_asymptotic_one(optics: Optics, key_
     for length in range(0, 150, 10):
         there = at(optics, length)
         finite = finite_rate_of(there, key_bits)
-        limit = rate_of(there) * live_share(there)
+        limit = bounded_rate_of(there) * live_share(there)
         assert finite < limit or finite == limit == 0
         seen.append(finite)
     assert all(one >= other for one, other in pairwise(seen))

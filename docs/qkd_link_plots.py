@@ -1,0 +1,369 @@
+"""Draws the plots of the page about the emulated link: formulas as lines, simulations of the optics as points.
+
+Usage, from the root of the repository, with the package and matplotlib installed (takes half a minute)::
+
+    python docs/qkd_link_plots.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qkd_link.photonics.analytic import (
+    asymptotic_rate,
+    bound_single_photons,
+    expected_counts,
+    intercepted_qber,
+    live_share,
+    rates,
+    single_photons,
+)
+from qkd_link.photonics.line import Line
+from qkd_link.photonics.parameters import DEFAULT, GYS, Eavesdropper, Optics
+from qkd_link.photonics.receiver import Receiver
+from qkd_link.photonics.tally import Tally, tally
+from qkd_link.postprocessing.finite_key import Security, binary_entropy, secret_length
+
+STATIC: Final = Path(__file__).resolve().parent / "_static"
+SECURITY: Final = Security()
+CASCADE: Final = 1.12
+"""What reconciliation tells, in units of the Shannon limit, on the default link; GYS has 1.22 as in the paper."""
+PAPER: Final = 1.22
+
+BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#c85200", "#2a7f3f", "#6b6b6b"
+
+
+def at(optics: Optics, length: float) -> Optics:
+    """The same with so many km of fibre."""
+    return replace(optics, fibre=replace(optics.fibre, length=length))
+
+
+def simulate(optics: Optics, pulses: int, seed: int, frames: int = 1) -> list[Tally]:
+    """What both sides count in some frames."""
+    rng = np.random.default_rng(seed)
+    line, receiver = Line(optics, rng), Receiver(optics.detector, optics.source, rng)
+    tallies = []
+    for _ in range(frames):
+        sent, photons = line.transmit(pulses)
+        clicks = receiver.detect(photons)
+        tallies.append(tally(sent.look_up(clicks.indices), clicks))
+    return tallies
+
+
+def total(tallies: list[Tally]) -> Tally:
+    """All frames as one."""
+    return sum(tallies[1:], tallies[0])
+
+
+def measured_rate(tallies: list[Tally], optics: Optics) -> tuple[float, float]:
+    """The asymptotic key rate that the simulation shows, and its standard error (jackknife over the frames)."""
+
+    def rate(parts: list[Tally]) -> float:
+        seen = total(parts).rates(optics.source)
+        return asymptotic_rate(seen, bound_single_photons(seen, optics.source), optics.source, PAPER)
+
+    number = len(tallies)
+    without = [rate(tallies[:i] + tallies[i + 1 :]) for i in range(number)]
+    mean = sum(without) / number
+    return rate(tallies), sqrt((number - 1) / number * sum((value - mean) ** 2 for value in without))
+
+
+def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
+    """Secret bits for each pulse, with blocks of so many key bits, each counting what is expected on average."""
+    pulses = key_bits / sum(expected_counts(optics, 1e15).key) * 1e15
+    counts = expected_counts(optics, pulses)
+    seen = rates(optics)
+    qber = sum(n * e for n, e in zip(counts.key, seen.qbers, strict=True)) / sum(counts.key)
+    leaked = round(key_bits * efficiency * binary_entropy(qber))
+    return secret_length(counts, optics.source, leaked, SECURITY).bits / pulses
+
+
+def simulated_share(seen: Tally, optics: Optics) -> float:
+    """The share of the key bits of a simulated block that is secret."""
+    counts = seen.block_counts()
+    key_bits = sum(counts.key)
+    leaked = round(key_bits * CASCADE * binary_entropy(seen.key_errors / key_bits))
+    return secret_length(counts, optics.source, leaked, SECURITY).bits / key_bits
+
+
+def curve(
+    axes: Axes, x: np.ndarray, function: Callable[[float], float], label: str, color: str, style: str = "-"
+) -> None:
+    """A line where the function is above 0."""
+    y = np.array([function(float(value)) for value in x])
+    axes.plot(x, np.where(y > 0, y, np.nan), style, color=color, label=label)
+
+
+def save(figure: Figure, name: str) -> None:
+    """As SVG that is the same each time."""
+    figure.savefig(STATIC / name, metadata={"Date": None, "Creator": None}, facecolor="white")
+    text = (STATIC / name).read_text(encoding="utf-8")
+    (STATIC / name).write_text(
+        "\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8"
+    )
+
+
+def rate_against_distance() -> None:
+    """GYS: the simulation against the analytic rate, and blocks of finite size below it."""
+    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    x = np.concatenate([np.arange(0, 118, 1.0), np.arange(118, 143, 0.05)])
+
+    def limit(length: float) -> float:
+        optics = at(GYS, length)
+        return asymptotic_rate(rates(optics), single_photons(optics), optics.source, PAPER)
+
+    def decoys(length: float) -> float:
+        optics = at(GYS, length)
+        seen = rates(optics)
+        return asymptotic_rate(seen, bound_single_photons(seen, optics.source), optics.source, PAPER)
+
+    curve(axes, x, limit, "analytic, infinitely many decoys", GREY, ":")
+    curve(axes, x, decoys, "analytic, two decoys, infinitely long", BLUE)
+    points = [
+        (0, 3_000_000),
+        (20, 10_000_000),
+        (40, 25_000_000),
+        (60, 60_000_000),
+        (80, 160_000_000),
+        (100, 400_000_000),
+        (115, 800_000_000),
+        (125, 1_600_000_000),
+    ]
+    values = [
+        measured_rate(simulate(at(GYS, length), pulses, length, frames=25), at(GYS, length))
+        for length, pulses in points
+    ]
+    lengths = [length for length, _ in points]
+    expected = [decoys(length) for length in lengths]
+    for length, (rate, error), wanted in zip(lengths, values, expected, strict=True):
+        print(f"GYS {length:4} km: {rate:.3e} +- {error:.1e}, analytic {wanted:.3e}")
+    axes.errorbar(
+        lengths,
+        [rate for rate, _ in values],
+        yerr=[error for _, error in values],
+        fmt="o",
+        markersize=4,
+        capsize=3,
+        color="black",
+        label="simulation, with standard errors",
+    )
+    curve(
+        axes, x, lambda length: finite_rate(at(GYS, length), 1e8, PAPER), "blocks of $10^8$ key bits", GREEN
+    )
+    curve(
+        axes, x, lambda length: finite_rate(at(GYS, length), 1e7, PAPER), "blocks of $10^7$ key bits", ORANGE
+    )
+    axes.set_yscale("log")
+    axes.set_xlim(-2, 150)
+    axes.set_ylim(1e-8, 1e-2)
+    axes.set_ylabel("secret bits per pulse")
+    axes.set_title("Secret key rate with the parameters of GYS (2004)")
+    axes.legend(loc="lower left")
+    below.errorbar(
+        lengths,
+        [rate / wanted for (rate, _), wanted in zip(values, expected, strict=True)],
+        yerr=[error / wanted for (_, error), wanted in zip(values, expected, strict=True)],
+        fmt="o",
+        markersize=4,
+        capsize=3,
+        color="black",
+    )
+    below.axhline(1, color=BLUE)
+    below.set_ylim(0.85, 1.15)
+    below.set_ylabel("simulation / analytic")
+    below.set_xlabel("length of the fibre (km), 0.21 dB/km")
+    for part in (axes, below):
+        part.grid(alpha=0.3)
+    save(figure, "qkd-link-rate.svg")
+
+
+def default_against_distance() -> None:
+    """The default link: bits a second and QBER."""
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    x = np.arange(0, 281, 2.0)
+    pulse_rate = DEFAULT.source.pulse_rate
+
+    def limit(length: float) -> float:
+        optics = at(DEFAULT, length)
+        rate = asymptotic_rate(rates(optics), single_photons(optics), optics.source, CASCADE)
+        return rate * live_share(optics) * pulse_rate
+
+    def sifted(length: float) -> float:
+        return sum(expected_counts(at(DEFAULT, length), 1e15).key) / 1e15 * pulse_rate
+
+    curve(above, x, sifted, "key bits, sifted", GREY, "--")
+    curve(above, x, limit, "secret bits, infinitely long, infinitely many decoys", GREY, ":")
+    for size, color, label in ((1e7, GREEN, "10^7"), (1e6, ORANGE, "10^6")):
+        curve(
+            above,
+            x,
+            lambda length, size=size: finite_rate(at(DEFAULT, length), size, CASCADE) * pulse_rate,  # type: ignore[misc]
+            f"secret bits, blocks of ${label}$ key bits",
+            color,
+        )
+    above.axvline(DEFAULT.fibre.length, color=GREY, linewidth=0.8)
+    above.annotate("default", (DEFAULT.fibre.length + 2, 2), color=GREY)
+    above.set_yscale("log")
+    above.set_ylim(1, 2e7)
+    above.set_ylabel("bits a second")
+    above.set_title("The default link at other lengths: 50 MHz, 0.2 dB/km")
+    above.legend(loc="upper right")
+    curve(below, x, lambda length: 100 * rates(at(DEFAULT, length)).qbers[0], "signal pulses, analytic", BLUE)
+    lengths = np.array([0, 40, 80, 120, 160, 200, 220])
+    seen = [
+        total(simulate(at(DEFAULT, float(length)), pulses, int(length)))
+        for length, pulses in zip(
+            lengths,
+            (3_000_000, 20_000_000, 100_000_000, 600_000_000, 3_000_000_000, 4_200_000_000, 4_200_000_000),
+            strict=True,
+        )
+    ]
+    errors = np.array([int(part.errors[:, 0].sum()) for part in seen])
+    detected = np.array([int(part.detections[:, 0].sum()) for part in seen])
+    qber = errors / detected
+    below.errorbar(
+        lengths,
+        100 * qber,
+        yerr=100 * np.sqrt(qber * (1 - qber) / detected),
+        fmt="o",
+        markersize=4,
+        capsize=3,
+        color="black",
+        label="simulation, with standard errors",
+    )
+    below.set_ylim(0, 8)
+    below.set_xlim(-3, 280)
+    below.set_ylabel("QBER (%)")
+    below.set_xlabel("length of the fibre (km)")
+    below.legend(loc="upper left")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    save(figure, "qkd-link-distance.svg")
+
+
+def intercepted() -> None:
+    """QBER and secret share against the intercepted fraction of pulses."""
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    x = np.linspace(0, 1, 101)
+    for misalignment, color, marker in ((0.005, BLUE, "o"), (0.05, ORANGE, "s")):
+        honest = replace(DEFAULT, detector=replace(DEFAULT.detector, misalignment=misalignment))
+        start = intercepted_qber(honest)
+        above.plot(
+            x, 100 * (start + x / 4), "--", color=color, label=f"$e_0 + f/4$, $e_0$ = {100 * start:.1f} %"
+        )
+        above.plot(
+            x,
+            [
+                100 * intercepted_qber(replace(honest, eavesdropper=Eavesdropper(intercept=float(f))))
+                for f in x
+            ],
+            color=color,
+            label="exact",
+        )
+        fractions = np.array([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
+        optics = [replace(honest, eavesdropper=Eavesdropper(intercept=float(f))) for f in fractions]
+        seen = [total(simulate(there, 400_000, i)) for i, there in enumerate(optics)]
+        errors = np.array([int(part.errors.sum()) for part in seen])
+        detected = np.array([int(part.detections.sum()) for part in seen])
+        qber = errors / detected
+        above.errorbar(
+            fractions,
+            100 * qber,
+            yerr=100 * np.sqrt(qber * (1 - qber) / detected),
+            fmt=marker,
+            markersize=4,
+            capsize=3,
+            color="black",
+            label="simulation, with standard errors" if marker == "s" else None,
+        )
+    share_x = np.array(
+        [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1]
+    )
+    shares = []
+    for i, fraction in enumerate(share_x):
+        optics_there = replace(DEFAULT, eavesdropper=Eavesdropper(intercept=float(fraction)))
+        shares.append(simulated_share(total(simulate(optics_there, 22_500_000, i)), optics_there))
+        print(f"intercepted {fraction:.2f}: secret share {shares[-1]:.3f}")
+    below.plot(
+        share_x,
+        shares,
+        "o-",
+        color=GREEN,
+        markersize=4,
+        label="simulated blocks of $10^6$ key bits, default link",
+    )
+    above.set_ylim(0, 32)
+    above.set_ylabel("QBER (%)")
+    above.set_title("Intercepted and sent again")
+    above.legend(loc="upper left", fontsize="small")
+    below.set_ylim(-0.02, 0.5)
+    below.set_ylabel("secret share of key bits")
+    below.set_xlabel("intercepted fraction f of the pulses")
+    below.legend(loc="upper right")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    save(figure, "qkd-link-intercept.svg")
+
+
+def splitting() -> None:
+    """What photon-number splitting changes, and what it does not, at 50 km."""
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    honest = at(DEFAULT, 50)
+    reference = total(simulate(honest, 100_000_000, 99))
+    fractions = np.array([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])
+    base = reference.rates(honest.source)
+    rows = []
+    for i, fraction in enumerate(fractions):
+        optics = replace(honest, eavesdropper=Eavesdropper(splitting=float(fraction)))
+        seen = total(simulate(optics, 100_000_000, i))
+        there = seen.rates(honest.source)
+        rows.append(
+            (
+                there.gains[0] / base.gains[0],
+                there.qbers[0] / base.qbers[0],
+                there.gains[1] / base.gains[1],
+                simulated_share(seen, optics) / simulated_share(reference, honest),
+            )
+        )
+        print(f"splitting {fraction:.2f}:", " ".join(f"{value:.3f}" for value in rows[-1]))
+    columns = list(zip(*rows, strict=True))
+    for column, label, color, style in (
+        (columns[0], "rate of signal clicks", GREY, "s-"),
+        (columns[1], "QBER of signal pulses", BLUE, "^-"),
+        (columns[2], "rate of decoy clicks", ORANGE, "v-"),
+        (columns[3], "secret bits of a block", GREEN, "o-"),
+    ):
+        axes.plot(fractions, column, style, color=color, markersize=4, label=label)
+    axes.set_ylim(-0.05, 1.45)
+    axes.set_xlabel("fraction of the pulses under a photon-number splitting attack")
+    axes.set_ylabel("relative to no attack")
+    axes.set_title("Photon-number splitting on 50 km (simulation)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", ncols=2)
+    save(figure, "qkd-link-splitting.svg")
+
+
+def main() -> None:
+    """Draws all plots."""
+    mpl.rcParams.update({"svg.hashsalt": "qkd-link", "font.size": 10, "axes.titlesize": 11})
+    rate_against_distance()
+    default_against_distance()
+    intercepted()
+    splitting()
+
+
+if __name__ == "__main__":
+    main()
