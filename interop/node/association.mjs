@@ -7,8 +7,12 @@ import { associationId, associationSecret, formatIdentity, hybridPsk, identityTa
 export const LIFETIME = 3600; // seconds
 export const MOST_CONNECTIONS = 1000;
 
+/** Its secret is wiped: nothing may be derived from the zeros that are left. */
+export class AssociationEnded extends Error {}
+
 export class Association {
   #secret;
+  #wiped = false;
   #tagKey;
   #announced = new Map();
   #spent = new Set();
@@ -55,6 +59,7 @@ export class Association {
 
   // --- keys that were announced with an offer
 
+  /** Keep keys for later. */
   announce(keys) {
     for (const { keyId, key } of keys) this.#announced.set(keyId, key);
   }
@@ -86,23 +91,33 @@ export class Association {
 
   /** The identity that a client sends. */
   identity(kdf, keyId) {
+    this.#checkSecret();
     return formatIdentity({ kdf, id: this.id, tag: identityTag(this.#tagKey, kdf, this.id, keyId), keyId });
   }
 
   /** Whether the sender of this identity has the association secret. */
   isTagRight({ kdf, id, tag, keyId }) {
+    this.#checkSecret();
     return timingSafeEqual(tag, identityTag(this.#tagKey, kdf, id, keyId));
   }
 
   /** The PSK of one connection. The QKD key is wiped. */
   psk(identity, kdf, qkdKey) {
-    const psk = hybridPsk(this.#secret, qkdKey, identity, kdf, this.clientSae, this.serverSae);
-    qkdKey.fill(0);
-    return psk;
+    try {
+      this.#checkSecret();
+      return hybridPsk(this.#secret, qkdKey, identity, kdf, this.clientSae, this.serverSae);
+    } finally {
+      qkdKey.fill(0);
+    }
+  }
+
+  #checkSecret() {
+    if (this.#wiped) throw new AssociationEnded("the association has ended");
   }
 
   /** Nothing can be derived from it any more. */
   wipe() {
+    this.#wiped = true;
     this.#secret.fill(0);
     this.#tagKey.fill(0);
     for (const key of this.#announced.values()) key.fill(0);

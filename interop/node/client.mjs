@@ -59,27 +59,28 @@ export class HybridClient {
 
   close() {
     this.#kme.close();
-    for (const host of [...this.#associations.keys()]) this.#forget(host);
+    for (const [host, association] of [...this.#associations]) this.#forget(host, association);
   }
 
-  #forget(host) {
-    this.#associations.get(host)?.wipe();
-    this.#associations.delete(host);
+  #forget(host, association) {
+    association.wipe();
+    // Another connection may have put a new one in its place.
+    if (this.#associations.get(host) === association) this.#associations.delete(host);
   }
 
   async #connect(transport, host) {
-    const before = this.#kme.requests;
+    const kme = this.#kme.counted();
     const association = this.#associations.get(host);
-    if (association !== undefined && !association.usable) this.#forget(host);
-    if (!this.#associations.has(host)) {
+    if (association?.usable === false) this.#forget(host, association);
+    if (!association?.usable) {
       const handshake = Handshake.client(transport, this.#settings, host, null);
       await handshake.finish();
-      return this.#bootstrap(transport, host, handshake, before);
+      return this.#bootstrap(transport, host, handshake, kme);
     }
 
     const announced = association.nextAnnounced();
-    const [key] = announced ? [announced] : ((await this.#newKeys(association.serverSae, 1)) ?? []);
-    if (key === undefined) return this.#withoutKme(transport, host, before);
+    const [key] = announced ? [announced] : ((await this.#newKeys(kme, association.serverSae, 1)) ?? []);
+    if (key === undefined) return this.#withoutKme(transport, host, kme);
     const handshake = this.#startHybrid(transport, host, association, key);
     await this.#finishHybrid(handshake, key.keyId);
     if (handshake.pskTaken) {
@@ -87,36 +88,36 @@ export class HybridClient {
         path: "associated",
         keyId: key.keyId,
         announced: announced !== null,
-        kmeRequests: this.#kme.requests - before,
+        kmeRequests: kme.requests,
       });
     }
     // Healing: the server does not know the association, or does not have the key. This handshake is a bootstrap.
-    this.#forget(host);
-    return this.#bootstrap(transport, host, handshake, before);
+    this.#forget(host, association);
+    return this.#bootstrap(transport, host, handshake, kme);
   }
 
   // --- bootstrap
 
-  async #bootstrap(transport, host, handshake, before) {
+  async #bootstrap(transport, host, handshake, kme) {
     const { socket } = handshake;
     if (socket.alpnProtocol !== PROTOCOL) {
       const reason = `${host} does not speak ${PROTOCOL}`;
       if (this.#settings.policy === "require") throw new QkdError("unavailable", `${reason}, and QKD is required`);
-      return ordinaryConnection(handshake, socket.alpnProtocol || null, reason, this.#kme.requests - before);
+      return ordinaryConnection(handshake, socket.alpnProtocol || null, reason, kme.requests);
     }
 
     const peer = await this.#peer(handshake);
-    const keys = await this.#newKeys(peer.saeId, Math.min(1 + this.#settings.announcedKeys, peer.maxKeys));
-    if (keys === null) return this.#withoutKey(handshake, before);
+    const keys = await this.#newKeys(kme, peer.saeId, Math.min(1 + this.#settings.announcedKeys, peer.maxKeys));
+    if (keys === null) return this.#withoutKey(handshake, kme);
     try {
-      return await this.#offer(transport, host, handshake, peer, keys, before);
+      return await this.#offer(transport, host, handshake, peer, keys, kme);
     } catch (error) {
       for (const { key } of keys) key.fill(0);
       throw error;
     }
   }
 
-  async #offer(transport, host, handshake, peer, keys, before) {
+  async #offer(transport, host, handshake, peer, keys, kme) {
     const needsKem = !GROUPS_WITH_ML_KEM.has(handshake.channel.group);
     const kem = this.#settings.kem ?? (needsKem ? "ML-KEM-768" : null);
     if (peer.kems !== undefined && kem !== null && !peer.kems.includes(kem)) {
@@ -157,7 +158,7 @@ export class HybridClient {
         second?.drop();
         association?.wipe();
         for (const { key } of keys) key.fill(0);
-        return this.#rejected(handshake, answer, before);
+        return this.#rejected(handshake, answer, kme);
       }
       this.#checkAccept(answer, peer, keys, keyPair);
       association ??= associate(keyPair ? decapsulateWith(keyPair, Buffer.from(answer.kem.ct, "base64")) : undefined);
@@ -180,7 +181,7 @@ export class HybridClient {
       path: "bootstrap",
       keyId: first.keyId,
       announced: false,
-      kmeRequests: this.#kme.requests - before,
+      kmeRequests: kme.requests,
     });
   }
 
@@ -198,9 +199,9 @@ export class HybridClient {
   }
 
   /** Keys for this connection and later ones; null where there are none and policy lets the connection go on. */
-  async #newKeys(peerSae, number) {
+  async #newKeys(kme, peerSae, number) {
     try {
-      return await this.#kme.getKeys(peerSae, number);
+      return await kme.getKeys(peerSae, number);
     } catch (error) {
       if (error instanceof KmeError && this.#settings.policy === "prefer") return null;
       throw error;
@@ -208,27 +209,27 @@ export class HybridClient {
   }
 
   /** No key for a connection of an association: a handshake that does not speak of QKD. */
-  async #withoutKme(transport, host, before) {
+  async #withoutKme(transport, host, kme) {
     const settings = { ...this.#settings, offeredAlpn: this.#settings.alpn };
     const handshake = Handshake.client(transport, settings, host, null);
     const socket = await handshake.finish();
-    return ordinaryConnection(handshake, socket.alpnProtocol || null, "kms_unavailable", this.#kme.requests - before);
+    return ordinaryConnection(handshake, socket.alpnProtocol || null, "kms_unavailable", kme.requests);
   }
 
   /** No key in a bootstrap: an offer of none, so that the server may go on, too. */
-  async #withoutKey(handshake, before) {
+  async #withoutKey(handshake, kme) {
     await handshake.send({ type: "offer", kms: "none", sae_id: this.#settings.saeId, key_ids: ["none"] });
     const answer = await handshake.receive();
     if (answer.type !== "reject") throw protocolError(`${answer.type} answers an offer without a key`);
-    return this.#rejected(handshake, answer, before);
+    return this.#rejected(handshake, answer, kme);
   }
 
-  #rejected(handshake, answer, before) {
+  #rejected(handshake, answer, kme) {
     if (this.#settings.policy === "require" || ENDS.has(answer.code)) throw rejection(answer);
     if (answer.alpn !== null && !this.#settings.alpn.includes(answer.alpn)) {
       throw protocolError("reject: alpn is not one of the protocols offered");
     }
-    return ordinaryConnection(handshake, answer.alpn, answer.code, this.#kme.requests - before);
+    return ordinaryConnection(handshake, answer.alpn, answer.code, kme.requests);
   }
 
   #checkAccept(answer, peer, keys, keyPair) {

@@ -73,7 +73,8 @@ export class Handshake {
     const server = createServer({
       ...common(settings),
       ciphers: psk ? SUITES_OF_PSK : ALL_SUITES,
-      // Tickets with nothing in them, and no store of sessions: none can be resumed.
+      // Tickets with nothing in them, and no store of sessions: none can be resumed. (The keys of other tickets would
+      // be those of this server object, and nobody's any more after the connection.)
       secureOptions: constants.SSL_OP_NO_TICKET,
       requestCert: settings.mutual && !psk,
       rejectUnauthorized: true,

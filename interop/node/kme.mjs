@@ -47,6 +47,11 @@ export class Kme {
     return keyIds.map((keyId) => byId.get(keyId));
   }
 
+  /** The same KME, with a count of its own: what one connection has asked. */
+  counted() {
+    return new Counted(this);
+  }
+
   close() {
     this.#agent.destroy();
   }
@@ -83,6 +88,25 @@ export class Kme {
       outgoing.on("error", reject);
       outgoing.end(body);
     });
+  }
+}
+
+class Counted {
+  #kme;
+  requests = 0;
+
+  constructor(kme) {
+    this.#kme = kme;
+  }
+
+  getKeys(...wanted) {
+    this.requests += 1;
+    return this.#kme.getKeys(...wanted);
+  }
+
+  getKeysById(...wanted) {
+    this.requests += 1;
+    return this.#kme.getKeysById(...wanted);
   }
 }
 

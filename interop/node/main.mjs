@@ -110,6 +110,10 @@ class Session {
     return {};
   }
 
+  requests({ name }) {
+    return { kme: this.#servers.get(name).server.kmeRequests };
+  }
+
   version() {
     return { node: process.versions.node, openssl: process.versions.openssl };
   }

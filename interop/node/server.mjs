@@ -1,6 +1,6 @@
 // The server: slave SAE.
 
-import { Association, LIFETIME } from "./association.mjs";
+import { Association, AssociationEnded, LIFETIME } from "./association.mjs";
 import { hybridConnection, ordinaryConnection } from "./connection.mjs";
 import { ENDS, KMS, MOST_KEYS } from "./control.mjs";
 import { parseIdentity } from "./derivation.mjs";
@@ -56,11 +56,16 @@ export class HybridServer {
   async accept(tcp) {
     const transport = new Transport(tcp);
     try {
-      return await this.#accept(transport);
+      return await this.#answer(transport, this.#kme.counted(), null);
     } catch (error) {
       transport.close();
       throw error;
     }
+  }
+
+  /** Requests to the KME so far. */
+  get kmeRequests() {
+    return this.#kme.requests;
   }
 
   /** As a restart does. */
@@ -74,8 +79,13 @@ export class HybridServer {
     this.#kme.close();
   }
 
-  async #accept(transport) {
-    const before = this.#kme.requests;
+  /**
+   * Answer a ClientHello, and after a bootstrap the next one.
+   * @param {import("./records.mjs").Transport} transport
+   * @param {object} kme Counts the requests of this connection.
+   * @param {Association | null} made By the bootstrap before, on the same transport.
+   */
+  async #answer(transport, kme, made) {
     const { records, body } = await transport.readClientHello();
     const hello = parseClientHello(body);
     const alpn = this.#applicationProtocol(hello);
@@ -86,18 +96,13 @@ export class HybridServer {
       transport.refuse(NO_APPLICATION_PROTOCOL);
       throw new QkdError("unavailable", `the client does not speak ${PROTOCOL}, and QKD is required`);
     }
-    const taken = known && (await this.#take(known));
-    if (taken) {
-      const { association, keyId, announced } = taken;
-      const handshake = await this.#hybrid(transport, records, alpn, taken);
-      const kmeRequests = this.#kme.requests - before;
-      return hybridConnection(handshake, association, { path: "associated", keyId, announced, kmeRequests });
-    }
+    const taken = known && (await this.#take(kme, known));
+    if (taken) return this.#hybrid(transport, kme, records, alpn, taken, made);
 
     const handshake = Handshake.server(transport, this.#settings, offersProtocol ? PROTOCOL : alpn, null);
     await handshake.finish(records);
     if (!offersProtocol) return ordinaryConnection(handshake, alpn, `the client does not speak ${PROTOCOL}`, 0);
-    return this.#bootstrap(transport, handshake, hello, alpn, before);
+    return this.#bootstrap(transport, kme, handshake, hello, alpn);
   }
 
   /** The first of our protocols that the client offers, as if it had not offered `qkd-tls/1`. */
@@ -107,21 +112,21 @@ export class HybridServer {
 
   // --- bootstrap
 
-  async #bootstrap(transport, handshake, hello, alpn, before) {
+  async #bootstrap(transport, kme, handshake, hello, alpn) {
     let offer = null;
     let agreed;
     try {
       offer = await this.#offer(handshake);
-      agreed = await this.#agree(offer, handshake, hello);
+      agreed = await this.#agree(kme, offer, handshake, hello);
     } catch (error) {
       if (!(error instanceof QkdError && error.code)) throw error;
       await this.#reject(transport, handshake, error, offer, alpn);
-      return ordinaryConnection(handshake, alpn, error.code, this.#kme.requests - before);
+      return ordinaryConnection(handshake, alpn, error.code, kme.requests);
     }
 
     const { association, keys, ct } = agreed;
-    const [first, ...others] = keys;
-    association.announce(others);
+    // All of them: the key of this connection is taken as any announced one is.
+    association.announce(keys);
     this.#remember(association);
     await handshake.send({
       type: "accept",
@@ -131,21 +136,7 @@ export class HybridServer {
       ...(ct && { kem: { ct: ct.toString("base64") } }),
     });
     handshake.drop();
-
-    // The key is kept with the association, like an announced one, so one way leads to the PSK.
-    association.announce([first]);
-    const { records, body } = await transport.readClientHello();
-    const known = this.#find(parseClientHello(body));
-    if (known === null || known.association !== association || known.keyId !== first.keyId) {
-      throw protocolError("the second ClientHello does not name the key that was agreed on");
-    }
-    const second = await this.#hybrid(transport, records, alpn, await this.#take(known));
-    return hybridConnection(second, association, {
-      path: "bootstrap",
-      keyId: first.keyId,
-      announced: false,
-      kmeRequests: this.#kme.requests - before,
-    });
+    return this.#answer(transport, kme, association);
   }
 
   /** The client's offer, after it has asked who we are, if it does. */
@@ -161,7 +152,7 @@ export class HybridServer {
   }
 
   /** "What the server does with an offer". */
-  async #agree(offer, handshake, hello) {
+  async #agree(kme, offer, handshake, hello) {
     const { kms, sae_id: clientSae, key_ids: keyIds, kem } = offer;
     const { saeId, maxKeys, peerSaeIds, lifetime } = this.#settings;
     const refuse = (code, message) => new QkdError("unavailable", message, { code });
@@ -173,7 +164,7 @@ export class HybridServer {
     if (kem !== undefined && !KEMS.includes(kem.name)) throw refuse("unsupported_kem", "we do not have this KEM");
     if (peerSaeIds && !peerSaeIds.includes(clientSae)) throw refuse("unknown_sae", "we share no keys with this SAE");
 
-    const keys = await this.#kme.getKeysById(clientSae, keyIds);
+    const keys = await kme.getKeysById(clientSae, keyIds);
     let encapsulated;
     try {
       encapsulated = kem && encapsulateTo(kem.name, Buffer.from(kem.ek, "base64"));
@@ -240,20 +231,20 @@ export class HybridServer {
     return { association, identity: identity.text, keyId };
   }
 
-  /** The PSK for an identity that has passed all checks; null where the KME does not give the key. */
-  async #take({ association, identity, keyId }) {
+  /** The PSK for an identity that has passed all checks; null where there is no key for it. */
+  async #take(kme, { association, identity, keyId }) {
     let key = association.takeAnnounced(keyId);
     const announced = key !== null;
     try {
-      if (!announced) [{ key }] = await this.#kme.getKeysById(association.clientSae, [keyId]);
+      if (!announced) [{ key }] = await kme.getKeysById(association.clientSae, [keyId]);
+      return { association, keyId, announced, identity, psk: association.psk(identity, KDF, key) };
     } catch (error) {
-      if (error instanceof KmeError) return null;
+      if (error instanceof KmeError || error instanceof AssociationEnded) return null;
       throw error;
     }
-    return { association, keyId, announced, identity, psk: association.psk(identity, KDF, key) };
   }
 
-  async #hybrid(transport, records, alpn, { identity, psk, keyId }) {
+  async #hybrid(transport, kme, records, alpn, { association, identity, psk, keyId, announced }, made) {
     const handshake = Handshake.server(transport, this.#settings, alpn, { identity, psk });
     try {
       await handshake.finish(records);
@@ -262,6 +253,12 @@ export class HybridServer {
       throw new QkdError("mismatch", `the two KMEs gave different keys for the key ID ${keyId}`, { keyId });
     }
     if (!handshake.pskTaken) throw protocolError("the TLS stack has not taken the PSK");
-    return handshake;
+    const atOnce = association === made;
+    return hybridConnection(handshake, association, {
+      path: atOnce ? "bootstrap" : "associated",
+      keyId,
+      announced: announced && !atOnce,
+      kmeRequests: kme.requests,
+    });
   }
 }

@@ -14,7 +14,7 @@ import secrets
 import ssl
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -137,8 +137,9 @@ def _our_failure(error: BaseException) -> Failed:
 class OurClient:
     """`settings` as of `QKDContext`."""
 
-    def __init__(self, lab: Lab, *, alpn: list[str], mutual: bool, **settings: Any) -> None:
-        self._context: QKDContext = lab.client(kdf=KDF.SHA256, **settings)
+    def __init__(self, lab: Lab, *, alpn: Sequence[str] = (), mutual: bool = False, **settings: Any) -> None:
+        settings.setdefault("kdf", KDF.SHA256)
+        self._context: QKDContext = lab.client(**settings)
         self._context.set_alpn_protocols(alpn)
         if mutual:
             lab.client_identity.load_into(self._context)
@@ -343,6 +344,10 @@ class NodeServer:
         self._process = process
         answer = process.new("server", {**given, **settings})
         self._name, self.address = answer["name"], ("127.0.0.1", int(answer["port"]))
+
+    def kme_requests(self) -> int:
+        """How often it has asked its KME so far."""
+        return int(self._process.ask("requests", name=self._name)["kme"])
 
     def outcome(self) -> Report:
         """See `Serving`."""

@@ -9,10 +9,12 @@ import json
 import re
 import socket
 import ssl
+import struct
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from socket_support import TIMEOUT, Authority, Lab, Proxy, talk
 from socket_support import Server as StockServer
 
 from kms_client.emulator import Faults
+from qkd_tls import KDF
 
 CIPHER = "TLS_AES_128_GCM_SHA256"
 LARGE = 600_000
@@ -432,6 +435,89 @@ class TestCertificates:
             server.outcome()
 
 
+class TestClientHelloOfSomebodyElse:
+    """An attacker on the path has caught a ClientHello of an association before it came to the server."""
+
+    def test_what_the_server_takes(self, pair: Pair) -> None:
+        client, server = pair.client(), pair.server()
+        with Proxy(server.address) as proxy:
+            pair.hybrid(client, server, "bootstrap", via=proxy)
+            proxy.hold("client")
+            waiting = threading.Thread(target=connect_in_vain, args=(client, proxy.address))
+            waiting.start()
+            hello = held_client_hello(proxy)
+            for change in change_tag, change_key_id, change_association, change_server_name:
+                assert not takes_psk(server.address, change(hello)), change.__name__
+            key_id = identity_of(hello)[3].decode()
+            assert pair.deliveries(key_id) == {("SAE-A", "master"): 1}, "the server's KME was not asked"
+            assert takes_psk(server.address, hello)
+            assert pair.deliveries(key_id) == {("SAE-A", "master"): 1, ("SAE-B", "slave"): 1}
+            assert not takes_psk(server.address, hello), "a key ID is good for one connection"
+        waiting.join(TIMEOUT)
+        assert not waiting.is_alive()
+        if isinstance(server, NodeServer):
+            assert server.kme_requests() == 2, "in the bootstrap, and for the ClientHello as it was"
+
+
+def connect_in_vain(client: Client, address: tuple[str, int]) -> None:
+    with suppress(Failed, OSError):
+        client.connect(address)
+
+
+def held_client_hello(proxy: Proxy) -> bytes:
+    """The first handshake record that is held; before it may be the close_notify of an earlier connection."""
+    start = 0
+    while True:
+        kind, _, size = struct.unpack_from("!BHH", proxy.held("client", start + 5), start)
+        end = start + 5 + size
+        if kind == 22:
+            return bytes(proxy.held("client", end)[start:end])
+        start = end
+
+
+def identity_of(hello: bytes) -> list[bytes]:
+    """Hash, association, tag and key ID of the identity in a ClientHello."""
+    found = re.search(rb"qkd1\.(sha256)\.([\w-]{22})\.([\w-]{12})\.([0-9a-f-]{36})", hello)
+    assert found is not None
+    return list(found.groups())
+
+
+def change_tag(hello: bytes) -> bytes:
+    tag = identity_of(hello)[2]
+    return hello.replace(tag, tag[::-1])
+
+
+def change_key_id(hello: bytes) -> bytes:
+    key_id = identity_of(hello)[3]
+    return hello.replace(key_id, b"00000000" + key_id[8:])
+
+
+def change_association(hello: bytes) -> bytes:
+    association = identity_of(hello)[1]
+    return hello.replace(association, b"A" * 21 + association[21:])
+
+
+def change_server_name(hello: bytes) -> bytes:
+    return hello.replace(b"localhost", b"localhoax")
+
+
+def takes_psk(address: tuple[str, int], hello: bytes) -> bool:
+    """Send a ClientHello; whether the ServerHello has the extension pre_shared_key (41)."""
+    with socket.create_connection(address, timeout=TIMEOUT) as raw, raw.makefile("rb") as stream:
+        raw.sendall(hello)
+        kind, _, size = struct.unpack("!BHH", stream.read(5))
+        message = stream.read(size)
+    assert (kind, message[0]) == (22, 2)
+    extensions = message[4 + 2 + 32 + 1 + message[38] + 2 + 1 + 2 :]
+    types = set()
+    while extensions:
+        number, length = struct.unpack_from("!HH", extensions)
+        types.add(number)
+        extensions = extensions[4 + length :]
+    assert 51 in types, "no key_share"
+    return 41 in types
+
+
 # --- Node.js alone
 
 
@@ -500,6 +586,17 @@ class TestStockPeers:
                 assert session is not None
                 assert session.has_ticket
             assert server.outcome().protection == "classical"
+
+
+def test_psk_of_sha384_is_beyond_nodejs(lab: Lab, process: NodeProcess) -> None:
+    """The one case that README.md of interop/node names: the client has to be told to use SHA-256."""
+    server = NodeServer(process, lab)
+    with failing("unavailable") as caught:
+        OurClient(lab, kdf=KDF.SHA384).connect(server.address)
+    assert "accepted key" in str(caught.value)
+    assert "did not use it" in str(caught.value)
+    with failing("closed"):
+        server.outcome()
 
 
 class TestPrograms:
