@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from typing import Final
 
@@ -27,10 +26,8 @@ from qkd_link.photonics.analytic import (
     rates,
     single_photons,
 )
-from qkd_link.photonics.line import Line
+from qkd_link.photonics.experiment import Outcome, measured_rate, run, total
 from qkd_link.photonics.parameters import DEFAULT, GYS, Eavesdropper, Optics
-from qkd_link.photonics.receiver import Receiver
-from qkd_link.photonics.tally import Tally, tally
 from qkd_link.postprocessing.finite_key import Security, binary_entropy, secret_length
 
 STATIC: Final = Path(__file__).resolve().parent / "_static"
@@ -47,34 +44,9 @@ def at(optics: Optics, length: float) -> Optics:
     return replace(optics, fibre=replace(optics.fibre, length=length))
 
 
-def simulate(optics: Optics, pulses: int, seed: int, frames: int = 1) -> list[Tally]:
-    """What both sides count in some frames."""
-    rng = np.random.default_rng(seed)
-    line, receiver = Line(optics, rng), Receiver(optics.detector, optics.source, rng)
-    tallies = []
-    for _ in range(frames):
-        sent, photons = line.transmit(pulses)
-        clicks = receiver.detect(photons)
-        tallies.append(tally(sent.look_up(clicks.indices), clicks))
-    return tallies
-
-
-def total(tallies: list[Tally]) -> Tally:
-    """All frames as one."""
-    return sum(tallies[1:], tallies[0])
-
-
-def measured_rate(tallies: list[Tally], optics: Optics) -> tuple[float, float]:
-    """The asymptotic key rate that the simulation shows, and its standard error (jackknife over the frames)."""
-
-    def rate(parts: list[Tally]) -> float:
-        seen = total(parts).rates(optics.source)
-        return asymptotic_rate(seen, bound_single_photons(seen, optics.source), optics.source, PAPER)
-
-    number = len(tallies)
-    without = [rate(tallies[:i] + tallies[i + 1 :]) for i in range(number)]
-    mean = sum(without) / number
-    return rate(tallies), sqrt((number - 1) / number * sum((value - mean) ** 2 for value in without))
+def simulate(optics: Optics, pulses: int, seed: int) -> Outcome:
+    """One frame."""
+    return total(run(optics, pulses, np.random.default_rng(seed)))
 
 
 def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
@@ -87,11 +59,11 @@ def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
     return secret_length(counts, optics.source, leaked, SECURITY).bits / pulses
 
 
-def simulated_share(seen: Tally, optics: Optics) -> float:
+def simulated_share(seen: Outcome, optics: Optics) -> float:
     """The share of the key bits of a simulated block that is secret."""
     counts = seen.block_counts()
     key_bits = sum(counts.key)
-    leaked = round(key_bits * CASCADE * binary_entropy(seen.key_errors / key_bits))
+    leaked = round(key_bits * CASCADE * binary_entropy(seen.key_qber))
     return secret_length(counts, optics.source, leaked, SECURITY).bits / key_bits
 
 
@@ -140,7 +112,9 @@ def rate_against_distance() -> None:
         (125, 1_600_000_000),
     ]
     values = [
-        measured_rate(simulate(at(GYS, length), pulses, length, frames=25), at(GYS, length))
+        measured_rate(
+            run(at(GYS, length), pulses, np.random.default_rng(length), frames=25), GYS.source, PAPER
+        )
         for length, pulses in points
     ]
     lengths = [length for length, _ in points]
@@ -222,7 +196,7 @@ def default_against_distance() -> None:
     curve(below, x, lambda length: 100 * rates(at(DEFAULT, length)).qbers[0], "signal pulses, analytic", BLUE)
     lengths = np.array([0, 40, 80, 120, 160, 200, 220])
     seen = [
-        total(simulate(at(DEFAULT, float(length)), pulses, int(length)))
+        simulate(at(DEFAULT, float(length)), pulses, int(length))
         for length, pulses in zip(
             lengths,
             (3_000_000, 20_000_000, 100_000_000, 600_000_000, 3_000_000_000, 4_200_000_000, 4_200_000_000),
@@ -274,7 +248,7 @@ def intercepted() -> None:
         )
         fractions = np.array([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
         optics = [replace(honest, eavesdropper=Eavesdropper(intercept=float(f))) for f in fractions]
-        seen = [total(simulate(there, 400_000, i)) for i, there in enumerate(optics)]
+        seen = [simulate(there, 400_000, i) for i, there in enumerate(optics)]
         errors = np.array([int(part.errors.sum()) for part in seen])
         detected = np.array([int(part.detections.sum()) for part in seen])
         qber = errors / detected
@@ -294,7 +268,7 @@ def intercepted() -> None:
     shares = []
     for i, fraction in enumerate(share_x):
         optics_there = replace(DEFAULT, eavesdropper=Eavesdropper(intercept=float(fraction)))
-        shares.append(simulated_share(total(simulate(optics_there, 22_500_000, i)), optics_there))
+        shares.append(simulated_share(simulate(optics_there, 22_500_000, i), optics_there))
         print(f"intercepted {fraction:.2f}: secret share {shares[-1]:.3f}")
     below.plot(
         share_x,
@@ -322,13 +296,13 @@ def splitting() -> None:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     honest = at(DEFAULT, 50)
-    reference = total(simulate(honest, 100_000_000, 99))
+    reference = simulate(honest, 100_000_000, 99)
     fractions = np.array([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])
     base = reference.rates(honest.source)
     rows = []
     for i, fraction in enumerate(fractions):
         optics = replace(honest, eavesdropper=Eavesdropper(splitting=float(fraction)))
-        seen = total(simulate(optics, 100_000_000, i))
+        seen = simulate(optics, 100_000_000, i)
         there = seen.rates(honest.source)
         rows.append(
             (

@@ -12,7 +12,6 @@ from qkd_link.photonics.analytic import expected_counts
 from qkd_link.photonics.line import Line
 from qkd_link.photonics.parameters import Detector, Eavesdropper, Fibre, Optics, Source
 from qkd_link.photonics.receiver import Receiver
-from qkd_link.photonics.tally import Tally, tally
 
 BRIGHT = Optics(
     Source(pulse_rate=1e8, intensities=(1.2, 0.5, 0.1), probabilities=(0.5, 0.3, 0.2), key_basis=0.7),
@@ -116,17 +115,6 @@ def assert_same_distribution(one: NDArray[np.int64], other: NDArray[np.int64]) -
     freedom = len(a) - 1
     assert freedom > 0
     assert statistic < freedom + 4 * sqrt(2 * freedom) + 6, (statistic, freedom)
-
-
-def run(optics: Optics, pulses: int, rng: np.random.Generator, frames: int = 1) -> list[Tally]:
-    """Tallies of so many frames of the same line and receiver."""
-    line, receiver = Line(optics, rng), Receiver(optics.detector, optics.source, rng)
-    tallies = []
-    for _ in range(frames):
-        sent, photons = line.transmit(pulses)
-        clicks = receiver.detect(photons)
-        tallies.append(tally(sent.look_up(clicks.indices), clicks))
-    return tallies
 
 
 def at(optics: Optics, length: float) -> Optics:

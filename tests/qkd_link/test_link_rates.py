@@ -8,7 +8,7 @@ from math import exp, sqrt
 
 import numpy as np
 import pytest
-from link_optics import at, pulses_for, run
+from link_optics import at, pulses_for
 
 from qkd_link.photonics.analytic import (
     Rates,
@@ -20,8 +20,8 @@ from qkd_link.photonics.analytic import (
     rates,
     single_photons,
 )
+from qkd_link.photonics.experiment import measured_rate, run, total
 from qkd_link.photonics.parameters import DEFAULT, GYS, Detector, Eavesdropper, Fibre, Optics
-from qkd_link.photonics.tally import Tally
 from qkd_link.postprocessing.finite_key import Security, binary_entropy, secret_length
 
 # As in the paper: decoys of 0.05 and nothing, and as many signal pulses as one likes.
@@ -49,20 +49,6 @@ def average_qber(optics: Optics) -> float:
     measured = rates(optics)
     weights = [p * gain for p, gain in zip(optics.source.probabilities, measured.gains, strict=True)]
     return sum(w * qber for w, qber in zip(weights, measured.qbers, strict=True)) / sum(weights)
-
-
-def jackknife(tallies: list[Tally], optics: Optics) -> tuple[float, float]:
-    """The key rate that the tallies show, and its standard error."""
-
-    def rate(parts: list[Tally]) -> float:
-        total = sum(parts[1:], parts[0])
-        measured = total.rates(optics.source)
-        return asymptotic_rate(measured, bound_single_photons(measured, optics.source), optics.source)
-
-    number = len(tallies)
-    without = [rate(tallies[:i] + tallies[i + 1 :]) for i in range(number)]
-    mean = sum(without) / number
-    return rate(tallies), sqrt((number - 1) / number * sum((value - mean) ** 2 for value in without))
 
 
 def test_the_cut_off_is_where_the_paper_has_it() -> None:
@@ -115,16 +101,16 @@ def test_the_simulation_agrees_with_the_decoy_state_rate(length: float, pulses: 
     At three standard errors, which are small enough for the test to say something.
     """
     optics = at(GYS, length)
-    tallies = run(optics, pulses, np.random.default_rng(round(length)), frames=10)
-    rate, error = jackknife(tallies, optics)
+    outcomes = run(optics, pulses, np.random.default_rng(round(length)), frames=10)
+    rate, error = measured_rate(outcomes, optics.source)
     expected = bounded_rate_of(optics)
     assert abs(rate - expected) < 3 * error
     assert error < (0.04 if length < 80 else 0.08) * expected
     # The parts that the rate is made of agree, too.
-    measured, analytic = sum(tallies[1:], tallies[0]).rates(optics.source), rates(optics)
-    total = sum(tallies[1:], tallies[0])
+    everything = total(outcomes)
+    measured, analytic = everything.rates(optics.source), rates(optics)
     for i in range(3):
-        detected = int(total.detections[:, i].sum())
+        detected = int(everything.detections[:, i].sum())
         assert measured.gains[i] == pytest.approx(analytic.gains[i], rel=4.5 / sqrt(detected + 1))
         spread = sqrt(analytic.qbers[i] * (1 - analytic.qbers[i]) / max(detected, 1))
         assert abs(measured.qbers[i] - analytic.qbers[i]) < 4.5 * spread
@@ -164,7 +150,7 @@ def test_the_dead_time_lowers_all_gains_as_computed() -> None:
 
 
 def test_expected_counts_are_what_is_counted_on_average() -> None:
-    seen = sum(run(DEFAULT, 2_000_000, np.random.default_rng(2), frames=5)[1:], start=_first(DEFAULT))
+    seen = total(run(DEFAULT, 2_000_000, np.random.default_rng(2), frames=5))
     wanted = expected_counts(DEFAULT, seen.pulses)
     counted = seen.block_counts()
     for one, other in (
@@ -174,11 +160,7 @@ def test_expected_counts_are_what_is_counted_on_average() -> None:
     ):
         for a, b in zip(one, other, strict=True):
             assert abs(a - b) <= 5 * sqrt(b) + 3
-    assert seen.key_errors == pytest.approx(average_qber(DEFAULT) * sum(counted.key), rel=0.05)
-
-
-def _first(optics: Optics) -> Tally:
-    return run(optics, 2_000_000, np.random.default_rng(3))[0]
+    assert seen.key_qber == pytest.approx(average_qber(DEFAULT), rel=0.05)
 
 
 # The eavesdropper
@@ -234,7 +216,7 @@ def test_interception_costs_the_key(fraction: float, any_key: bool) -> None:
     [seen] = run(optics, 25_000_000, np.random.default_rng(6))
     counts = seen.block_counts()
     key_bits = sum(counts.key)
-    leaked = round(1.12 * key_bits * binary_entropy(seen.key_errors / key_bits))
+    leaked = round(1.12 * key_bits * binary_entropy(seen.key_qber))
     length = secret_length(counts, optics.source, leaked, Security())
     assert (length.bits > 0) is any_key
     if fraction == 1:
@@ -252,7 +234,7 @@ def test_splitting_does_not_show_in_the_qber_but_in_the_decoys() -> None:
     for optics in (honest, attacked):
         [seen] = run(optics, pulses, np.random.default_rng(7))
         counts = seen.block_counts()
-        leaked = round(1.12 * sum(counts.key) * binary_entropy(seen.key_errors / sum(counts.key)))
+        leaked = round(1.12 * sum(counts.key) * binary_entropy(seen.key_qber))
         results.append((seen.rates(optics.source), secret_length(counts, optics.source, leaked, Security())))
     (fair, fair_length), (foul, foul_length) = results
     # Without decoys there would be nothing to see: the signal's rate and the QBER are what they were.
@@ -289,3 +271,4 @@ def test_without_light_there_are_no_rates() -> None:
     assert intercepted_qber(nothing) == 0.5
     [seen] = run(nothing, 1000, np.random.default_rng(9))
     assert seen.rates(nothing.source) == rates(nothing)
+    assert seen.key_qber == 0.5

@@ -1,1 +1,33 @@
 """The optics: what the transmitter sends, what the fibre and an eavesdropper leave, what the receiver detects."""
+
+from .line import Choices, Line, Photons, Sent
+from .parameters import (
+    CHECK_BASIS,
+    DEFAULT,
+    GYS,
+    KEY_BASIS,
+    Detector,
+    Eavesdropper,
+    Fibre,
+    Optics,
+    Source,
+)
+from .receiver import Clicks, Receiver
+
+__all__ = [
+    "CHECK_BASIS",
+    "DEFAULT",
+    "GYS",
+    "KEY_BASIS",
+    "Choices",
+    "Clicks",
+    "Detector",
+    "Eavesdropper",
+    "Fibre",
+    "Line",
+    "Optics",
+    "Photons",
+    "Receiver",
+    "Sent",
+    "Source",
+]
