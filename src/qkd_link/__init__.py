@@ -2,3 +2,5 @@
 
 It knows nothing of KMEs or TLS; `kms_client.emulator` puts its keys into the stores of two KMEs.
 """
+
+__all__: list[str] = []
