@@ -45,11 +45,15 @@ MAXIMUM_BITS = 1 << 26
 START = 0
 HEADER_BYTES = 2
 WIDTHS = (1, 2, 4)
-FIRST_BLOCK = 0.75  # times 1 / qber
-SECOND_BLOCK = 6  # times the first
-LATER_BLOCK = 1 << 12
-FEWEST_BLOCKS = 2
-PASSES = 10
+# Found by experiment: larger blocks tell less, smaller ones need fewer rounds.
+FIRST_BLOCK = 0.75  # bits, times 1 / qber
+SECOND_BLOCK = 4  # times the first
+THIRD_BLOCK = 1 << 12  # bits
+# Two errors that the first passes hide from each other go on hiding in each of these with a chance of 1 in 4.
+LATER_PASSES = 7
+LATER_BLOCKS = 4
+# The third pass begins when the first two find no more than this share of the errors: they take many rounds for them.
+TAIL = 0.002
 
 Bits = NDArray[np.uint8]
 Places = NDArray[np.int32]
@@ -65,10 +69,9 @@ def block_sizes(bits: int, qber: float) -> list[int]:
         raise ValueError(f"a block has 1 to {MAXIMUM_BITS} bits, not {bits}")
     if not 0 <= qber < 0.5:
         raise ValueError(f"the error rate is at least 0 and below 0.5, not {qber}")
-    largest = max(1, bits // FEWEST_BLOCKS)
+    largest = max(1, bits // LATER_BLOCKS)
     first = FIRST_BLOCK / max(qber, 1 / bits)
-    later = min(LATER_BLOCK, largest)
-    sizes = [round(first), round(first * SECOND_BLOCK)] + (PASSES - 2) * [later]
+    sizes = [round(first), round(SECOND_BLOCK * first), THIRD_BLOCK] + LATER_PASSES * [largest]
     return [min(max(1, size), largest) for size in sizes]
 
 
@@ -162,6 +165,7 @@ class Corrector:
         self.questions = 0
         self._seed = seed
         self._sizes = block_sizes(bits.size, qber)
+        self._tail = TAIL * qber * bits.size
         self._told: list[Bits] = []  # at the ends of the blocks, by pass
         self._passes: list[_Pass] = []
         self._flipped = np.zeros(bits.size, dtype=np.bool_)
@@ -224,22 +228,22 @@ class Corrector:
             if self._search is not None:
                 self._finish(self._search)
                 self._search = None
-            odd = next((index for index, each in enumerate(self._passes) if each.odd.any()), None)
-            if odd is not None:
-                self._search = _Search(odd + 1, self._passes[odd])
-            elif len(self._passes) < len(self._sizes):
-                number = len(self._passes) + 1
-                self._passes.append(
-                    _Pass(
-                        self.bits,
-                        permutation(self.bits.size, self._seed, number),
-                        _edges(self.bits.size, self._sizes[number - 1]),
-                        self._told[number - 1],
-                    )
-                )
+            odd = [int(np.count_nonzero(each.odd)) for each in self._passes]
+            most = max(odd, default=0)
+            few = self._tail if len(odd) == 2 else 0
+            if most > few:
+                index = odd.index(most)
+                self._search = _Search(index + 1, self._passes[index])
+            elif len(odd) < len(self._sizes):
+                self._open_pass(len(odd) + 1)
             else:
                 self._done = True
                 return
+
+    def _open_pass(self, number: int) -> None:
+        order = permutation(self.bits.size, self._seed, number)
+        edges = _edges(self.bits.size, self._sizes[number - 1])
+        self._passes.append(_Pass(self.bits, order, edges, self._told[number - 1]))
 
     def _finish(self, search: _Search) -> None:
         """Flip the bits that the search has found, and let all passes know."""
