@@ -21,6 +21,11 @@ export function closedError(when) {
   return new QkdError("closed", `the peer has closed the connection ${when}; see its log`);
 }
 
+/** `error`, or what it means where the transport has broken: reading and writing tell the same in different words. */
+export function transportError(error) {
+  return ["EPIPE", "ECONNRESET"].includes(error.code) ? closedError("without close_notify") : error;
+}
+
 /** The peer broke a rule of the protocol. `code` is what a server answers in a `reject`. */
 export function protocolError(message, code = "malformed") {
   return new QkdError("protocol", message, { code });

@@ -6,7 +6,7 @@ import { isIP } from "node:net";
 
 import { decode, encode } from "./control.mjs";
 import { EXPORTER_LABEL, EXPORTER_LENGTH } from "./derivation.mjs";
-import { closedError } from "./errors.mjs";
+import { closedError, transportError } from "./errors.mjs";
 import { Channel } from "./records.mjs";
 
 export const PROTOCOL = "qkd-tls/1";
@@ -85,7 +85,10 @@ export class Handshake {
       handshake.#watch(socket);
       handshake.#done(socket);
     });
-    server.once("tlsClientError", (error) => handshake.#failed(error));
+    server.once("tlsClientError", (error, socket) => {
+      const distrust = socket.authorizationError; // Node.js then just closes, and reports no more than that.
+      handshake.#failed(distrust ? new Error(`the client's certificate is refused: ${distrust}`) : error);
+    });
     server.emit("connection", handshake.channel);
     return handshake;
   }
@@ -101,7 +104,7 @@ export class Handshake {
   }
 
   #failed(error) {
-    this.#failure ??= error;
+    this.#failure ??= transportError(error);
     this.#settled = true;
   }
 
@@ -142,7 +145,7 @@ export class Handshake {
   /** Returns when the message is on the transport. */
   async send(message) {
     await new Promise((resolve, reject) => {
-      this.socket.write(encode(message), (error) => (error ? reject(error) : resolve()));
+      this.socket.write(encode(message), (error) => (error ? reject(transportError(error)) : resolve()));
     });
   }
 

@@ -3,7 +3,7 @@
 import { Duplex } from "node:stream";
 import { setImmediate as nextTurn } from "node:timers/promises";
 
-import { closedError, protocolError } from "./errors.mjs";
+import { closedError, protocolError, transportError } from "./errors.mjs";
 import { CLIENT_HELLO, GroupWatch, HelloCollector } from "./hellos.mjs";
 
 const HEADER = 5;
@@ -74,7 +74,9 @@ export class Transport {
 
   async #have(size) {
     while (this.#buffered.length < size) {
-      const { done, value } = await this.#chunks.next();
+      const { done, value } = await this.#chunks.next().catch((error) => {
+        throw transportError(error);
+      });
       if (done) return false;
       this.#buffered = this.#buffered.length === 0 ? value : Buffer.concat([this.#buffered, value]);
     }

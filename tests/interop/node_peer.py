@@ -129,7 +129,7 @@ def _our_failure(error: BaseException) -> Failed:
     if isinstance(error, QKDError):
         kind = {QKDKeyMismatch: "mismatch", QKDProtocolError: "protocol"}.get(type(error), "unavailable")
         code, key_id = error.code, next(iter(error.key_ids), None)
-    elif isinstance(error, ssl.SSLEOFError):
+    elif isinstance(error, ssl.SSLEOFError | ConnectionError):
         kind = "closed"
     return Failed(str(error), kind, code, key_id)
 
@@ -147,21 +147,23 @@ class OurClient:
     def connect(self, address: tuple[str, int], size: int = 16) -> Report:
         """See `Client`."""
         try:
-            with connect(address, self._context) as sock:
-                sent, received = secrets.token_bytes(size), bytearray()
-                # A server that echoes cannot go on where nobody takes what it sends.
-                sending = threading.Thread(target=_send, args=(sock, sent))
-                sending.start()
+            sock = connect(address, self._context)
+        except OSError as error:
+            raise _our_failure(error) from error
+        with sock:
+            sent, received = secrets.token_bytes(size), bytearray()
+            # A server that echoes cannot go on where nobody takes what it sends.
+            sending = threading.Thread(target=_send, args=(sock, sent))
+            sending.start()
+            with contextlib.suppress(OSError):
                 while len(received) < size and (chunk := sock.recv(1 << 16)):
                     received += chunk
-                sending.join(TIMEOUT)
-                if len(received) < size:
-                    raise Failed("the server has closed the connection", "ended")
-                assert received == sent
-                assert sock.qkd is not None
-                return _our_report(sock.qkd)
-        except ssl.SSLError as error:
-            raise _our_failure(error) from error
+            sending.join(TIMEOUT)
+            if len(received) < size:
+                raise Failed("the server has closed the connection", "ended")
+            assert received == sent
+            assert sock.qkd is not None
+            return _our_report(sock.qkd)
 
 
 def _send(sock: QKDSocket, data: bytes) -> None:

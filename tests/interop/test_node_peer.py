@@ -426,6 +426,15 @@ class TestCertificates:
             server.outcome()
         assert pair.delivered() == before
 
+    def test_client_of_an_unknown_issuer(self, pair: Pair, tmp_path: Path) -> None:
+        server = pair.server(mutual=True)
+        pair.lab = replace(pair.lab, client_identity=Authority(tmp_path, "Another CA").issue("client"))
+        with pytest.raises(Failed):
+            pair.client(mutual=True).connect(server.address)
+        with failing(None) as theirs:
+            server.outcome()
+        assert "certificate" in str(theirs.value)
+
     def test_client_without_a_certificate(self, pair: Pair) -> None:
         """A client of TLS 1.3 is done before the server refuses it; it may have asked its KME by then."""
         client, server = pair.client(), pair.server(mutual=True)
