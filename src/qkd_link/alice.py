@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 
+from .authentication.reserve import KEY_BYTES, KeyReserve
 from .controls import Controls
 from .figures import Figures
 from .party import (
-    ONE_TIME_KEY_BITS,
     Aborted,
     Conversation,
     Doubt,
@@ -25,7 +25,6 @@ from .party import (
     Party,
     Ready,
     Reason,
-    Reserve,
     Settings,
     Share,
     Sink,
@@ -38,10 +37,11 @@ from .postprocessing.cascade import ReconciliationError, Reference
 from .postprocessing.verification import challenge
 from .sifting import Tally, reply
 
-__all__ = ["Alice"]
+__all__ = ["Alice", "described"]
 
-_FRAME_SECONDS: Final = 0.1  # of pulses, at most
+_FRAME_SECONDS: Final = 0.1  # of pulses, unless there is hardly anything in them
 _FRAMES_PER_BLOCK: Final = 4
+_MOST_FRAMES: Final = 2000  # in a block, about: each is a part of one message
 _FRAMES_AHEAD: Final = 4  # that Bob has not announced
 
 _Frames = asyncio.Queue[tuple[int, Sent]]
@@ -61,7 +61,7 @@ class Alice(Party):
         self,
         settings: Settings,
         sink: Sink,
-        reserve: Reserve,
+        reserve: KeyReserve,
         capacity: int,
         figures: Figures,
         line: Line,
@@ -69,9 +69,10 @@ class Alice(Party):
         *,
         paced: bool = True,
         offload: Offload = inline,
+        offload_optics: Offload = inline,
     ) -> None:
         """Do nothing yet."""
-        super().__init__(settings, sink, reserve, capacity, figures, offload)
+        super().__init__(settings, sink, reserve, capacity, figures, offload, offload_optics)
         self._line = line
         self._controls = controls
         self._paced = paced
@@ -111,8 +112,10 @@ class Alice(Party):
         else:
             self._sink.drop()
         self.peer_instance = ready.instance
-        await conversation.send(self._ready().to_bytes(), last=True)
+        ours = self._ready()
+        await conversation.send(ours.to_bytes(), last=True)
         self._check_ready(ready)
+        self._open(ready, ours)
 
     # --- the quantum channel
 
@@ -128,16 +131,18 @@ class Alice(Party):
                 extra_loss=controls.extra_loss_db,
             ),
         )
-        self.figures.optics = described(self._line.optics)
+        self.figures.optics |= described(self._line.optics)
 
     def _frame_pulses(self) -> int:
         """Pulses in a frame: few enough for a few frames to fill a block."""
         optics, source = self._line.optics, self.settings.source
         mean = float(np.dot(source.intensities, source.probabilities))
         expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
-        pulses = self.settings.block_bits / _FRAMES_PER_BLOCK / max(expected, 1e-12)
-        longest = _FRAME_SECONDS * source.pulse_rate if self._paced else MAXIMUM_PULSES
-        return max(1, int(min(pulses, longest)))
+        block = self.settings.block_bits / max(expected, 1e-12)
+        pulses = block / _FRAMES_PER_BLOCK
+        if self._paced:
+            pulses = min(pulses, max(_FRAME_SECONDS * source.pulse_rate, block / _MOST_FRAMES))
+        return max(1, int(min(pulses, MAXIMUM_PULSES)))
 
     async def _transmit(self, frames: _Frames, send_photons: _SendPhotons) -> None:
         number = 0
@@ -148,7 +153,7 @@ class Alice(Party):
             self._apply_controls()
             pulses = self._frame_pulses()
             begin = time.monotonic()
-            sent, photons = await self._offload(self._line.transmit, pulses)
+            sent, photons = await self._offload_optics(self._line.transmit, pulses)
             if self._paced:
                 free = max(free, begin) + pulses / self.settings.source.pulse_rate
                 await asyncio.sleep(max(0.0, free - time.monotonic()))
@@ -167,15 +172,13 @@ class Alice(Party):
                 await self._block(conversation, frames, number, tally)
             except Aborted as aborted:
                 await self._end(conversation, aborted)
-                self._report(number, tally, reason=aborted.reason.text)
+                self.figures.block(self._outcome(number, tally, reason=aborted.reason.text))
 
     async def _block(self, conversation: Conversation, frames: _Frames, number: int, tally: Tally) -> None:
         await self._sift(conversation, frames, tally)
         self._check_qber(tally)
         bits = tally.key_bits()
-        reference = await self._offload(
-            Reference, bits, self._estimate(tally), self._orders(conversation.session, number)
-        )
+        reference = await self._offload(Reference, bits, self._estimate(tally), self._orders(number))
         errors = await self._reconcile(conversation, reference)
         if errors > self.settings.qber_threshold * bits.size:
             raise Aborted(Reason.QBER, heard=True)
@@ -191,17 +194,22 @@ class Alice(Party):
         if confirmed != b"\x01":
             secret[:] = 0
             self.figures.residual_errors += 1
-            self._report(number, tally, reason=Reason.RESIDUAL_ERRORS.text)
+            self.figures.block(self._outcome(number, tally, reason=Reason.RESIDUAL_ERRORS.text))
             return
-        refill, keys = self._cut(conversation.session, number, secret, share)
+        refill, keys = self._cut(number, secret, share)
         # From here to the note of the block nothing waits: all of it is done, or none.
         self._sink.settle()
         self._sink.hold(keys.for_b)
         self._sink.offer(keys.for_a)
-        self._reserve.put(refill)
-        self._doubt = Doubt(conversation.session, number)
-        self._report(number, tally, errors=errors, leaked=reference.leaked_bits, share=share)
-        await self._send(conversation, Kind.COMMITTED, last=True)
+        self._doubt = Doubt(self._session, number)
+        self.figures.block(
+            self._outcome(number, tally, errors=errors, leaked=reference.leaked_bits, share=share)
+        )
+        try:
+            await self._send(conversation, Kind.COMMITTED, last=True)
+        finally:
+            # Only the next message may use it; if this one is lost, the next session finds out.
+            self._refill(refill, share)
 
     async def _sift(self, conversation: Conversation, frames: _Frames, tally: Tally) -> None:
         while tally.sifted < self.settings.block_bits:
@@ -234,9 +242,17 @@ class Alice(Party):
         Raises Aborted if there is nothing to share out.
         """
         size = self.settings.key_size
-        refill = min(self._reserve.missing(), length // (2 * ONE_TIME_KEY_BITS))
-        keys = (length - 2 * ONE_TIME_KEY_BITS * refill) // size
-        if not refill and not keys:
+        one_time = self._reserve.wanted(self.settings.reserve)
+        material = self._reserve.material_size(one_time)
+        if 8 * material > length:
+            # A short block at first: what it gives goes to both directions alike.
+            each = (length // 8 - self._reserve.material_size((0, 0))) // (2 * KEY_BYTES)
+            if each < 1:
+                raise Aborted(Reason.NOTHING_SECRET, heard=True)
+            one_time = each, each
+            material = self._reserve.material_size(one_time)
+        keys = (length - 8 * material) // size
+        if not material and not keys:
             raise Aborted(Reason.NOTHING_SECRET, heard=True)
         room_a, room_b = self._sink.room()
         fewer = max(self._capacity - self._peer_capacity, 0)  # Bob's store is the smaller one
@@ -245,7 +261,7 @@ class Alice(Party):
         for_a = min(room_a, max(0, min(keys, (keys + room_a - room_b + 1) // 2)))
         for_b = min(room_b, keys - for_a)
         for_a = min(room_a, keys - for_b)
-        return Share(length, refill, for_a, for_b)
+        return Share(length, material, *one_time, for_a, for_b)
 
 
 def described(optics: Optics) -> dict[str, float]:

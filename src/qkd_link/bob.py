@@ -9,7 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from .figures import Figures
+from .authentication.reserve import KeyReserve
+from .figures import Block, Figures
 from .party import (
     NO_DOUBT,
     SHARE_BYTES,
@@ -22,7 +23,6 @@ from .party import (
     Party,
     Ready,
     Reason,
-    Reserve,
     SecretKey,
     Settings,
     Share,
@@ -55,17 +55,19 @@ class Bob(Party):
         self,
         settings: Settings,
         sink: Sink,
-        reserve: Reserve,
+        reserve: KeyReserve,
         capacity: int,
         figures: Figures,
         receiver: Receiver,
         *,
         offload: Offload = inline,
+        offload_optics: Offload = inline,
     ) -> None:
         """Do nothing yet."""
-        super().__init__(settings, sink, reserve, capacity, figures, offload)
+        super().__init__(settings, sink, reserve, capacity, figures, offload, offload_optics)
         self._receiver = receiver
-        self._waiting: tuple[bytearray, list[SecretKey]] = bytearray(), []  # until Alice has stored the block
+        # The keys for masters here, and what is to be reported, until Alice has stored the block.
+        self._waiting: tuple[list[SecretKey], Block | None] = [], None
 
     async def run(self, conversation: Conversation, receive_photons: _ReceivePhotons) -> None:
         """One session: make keys until it is cancelled or something fails.
@@ -90,7 +92,8 @@ class Bob(Party):
 
     async def _begin(self, conversation: Conversation) -> None:
         """Agree on the settings, and on the last block of the last session."""
-        await conversation.send(self._ready().to_bytes(), last=True)
+        ours = self._ready()
+        await conversation.send(ours.to_bytes(), last=True)
         _, body = await self._receive(conversation, Kind.READY)
         ready = Ready.from_bytes(body)
         if self._doubt != NO_DOUBT:
@@ -100,29 +103,30 @@ class Bob(Party):
                 self._give_up()
         self.peer_instance = ready.instance
         self._check_ready(ready)
+        self._open(ours, ready)
 
     def _commit(self) -> None:
         """Alice has stored the block that this side waits for."""
-        refill, keys = self._waiting
-        self._reserve.put(refill)
+        keys, outcome = self._waiting
+        assert outcome is not None
         self._sink.offer(keys)
         self._sink.settle()
-        self._waiting = bytearray(), []
+        self.figures.block(outcome)
+        self._waiting = [], None
         self._doubt = NO_DOUBT
 
     def _give_up(self) -> None:
         """Alice has not stored it."""
-        refill, keys = self._waiting
-        for secret in (refill, *(key.secret for key in keys)):
+        for _, secret in self._waiting[0]:
             secret[:] = bytes(len(secret))
         self._sink.drop()
-        self._waiting = bytearray(), []
+        self._waiting = [], None
         self._doubt = NO_DOUBT
 
     async def _detect(self, detections: _Detections, receive_photons: _ReceivePhotons) -> None:
         while True:
             frame, photons = await receive_photons()
-            await detections.put((frame, await self._offload(self._receiver.detect, photons)))
+            await detections.put((frame, await self._offload_optics(self._receiver.detect, photons)))
 
     # --- blocks
 
@@ -135,7 +139,7 @@ class Bob(Party):
                 await self._block(conversation, detections, number, tally)
             except Aborted as aborted:
                 await self._end(conversation, aborted)
-                self._report(number, tally, reason=aborted.reason.text)
+                self.figures.block(self._outcome(number, tally, reason=aborted.reason.text))
 
     async def _block(
         self, conversation: Conversation, detections: _Detections, number: int, tally: Tally
@@ -146,7 +150,7 @@ class Bob(Party):
             Corrector,
             tally.key_bits(),
             self._estimate(tally),
-            self._orders(conversation.session, number),
+            self._orders(number),
         )
         await self._correct(conversation, corrector)
         bits, leaked, errors = corrector.bits, corrector.leaked_bits, corrector.corrected
@@ -155,28 +159,37 @@ class Bob(Party):
             _, body = await self._receive(conversation, Kind.FINAL)
         except Aborted as aborted:
             # This side's message has ended already.
-            self._report(number, tally, reason=aborted.reason.text, errors=errors, leaked=leaked)
+            self.figures.block(
+                self._outcome(number, tally, reason=aborted.reason.text, errors=errors, leaked=leaked)
+            )
             return
         told, share, seed = self._parse_final(body, bits.size)
         if share.length > self._length(tally, leaked) or share.bits(self.settings.key_size) > share.length:
             raise LinkError("the other side wants to make more key than is secret")
+        if share.material != self._reserve.material_size(share.one_time):
+            raise LinkError("the reserves of one-time keys are not the same on both sides")
         try:
             await self._offload(verify, bits, told)
         except ResidualErrors:
             await self._send(conversation, Kind.CONFIRM, b"\x00", last=True)
             self.figures.residual_errors += 1
-            self._report(number, tally, reason=Reason.RESIDUAL_ERRORS.text, errors=errors, leaked=leaked)
+            self.figures.block(
+                self._outcome(number, tally, reason=Reason.RESIDUAL_ERRORS.text, errors=errors, leaked=leaked)
+            )
             return
         secret = await self._offload(amplify, bits, seed, share.length)
         bits[:] = 0
-        refill, keys = self._cut(conversation.session, number, secret, share)
+        refill, keys = self._cut(number, secret, share)
         self._sink.hold(keys.for_a)
-        self._waiting = refill, keys.for_b
-        self._doubt = Doubt(conversation.session, number)
+        self._waiting = (
+            keys.for_b,
+            self._outcome(number, tally, errors=errors, leaked=leaked, share=share),
+        )
+        self._doubt = Doubt(self._session, number)
         await self._send(conversation, Kind.CONFIRM, b"\x01", last=True)
         await self._receive(conversation, Kind.COMMITTED)
         self._commit()
-        self._report(number, tally, errors=errors, leaked=leaked, share=share)
+        self._refill(refill, share)
 
     async def _sift(self, conversation: Conversation, detections: _Detections, tally: Tally) -> None:
         while tally.sifted < self.settings.block_bits:

@@ -31,6 +31,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar, TypeVarTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .authentication.reserve import KeyReserve
 from .figures import Block, Figures
 from .photonics.parameters import CHECK_BASIS, DEFAULT, KEY_BASIS, Source
 from .postprocessing.finite_key import BlockCounts, Security, secret_length
@@ -38,7 +39,6 @@ from .postprocessing.verification import LEAKED_BITS
 from .sifting import Tally
 
 __all__ = [
-    "ONE_TIME_KEY_BITS",
     "Aborted",
     "BlockKeys",
     "Conversation",
@@ -49,7 +49,6 @@ __all__ = [
     "Party",
     "Ready",
     "Reason",
-    "Reserve",
     "SecretKey",
     "Settings",
     "Share",
@@ -58,12 +57,10 @@ __all__ = [
     "key_id",
 ]
 
-ONE_TIME_KEY_BITS: Final = 256  # that authenticate one message
-
 _Bits = NDArray[np.uint8]
 _SECURITY: Final = Security()
-_SHARE: Final = struct.Struct(">IHII")
-_READY: Final = struct.Struct(">16s32sI16sI")
+_SHARE: Final = struct.Struct(">IHHHII")
+_READY: Final = struct.Struct(">16s16s32sI16sI")
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
@@ -134,29 +131,12 @@ class Part(NamedTuple):
 class Conversation(Protocol):
     """The authenticated classical channel of one session, as a party sees it."""
 
-    @property
-    def session(self) -> bytes:
-        """Public, the same on both sides, never used before; 16 bytes."""
-        ...
-
     async def send(self, data: bytes, *, last: bool) -> None:
         """Send a part of a message, or all of it."""
         ...
 
     async def receive(self) -> Part:
         """The next part. Raises an exception of its own where the channel fails."""
-        ...
-
-
-class Reserve(Protocol):
-    """One-time keys for the classical channel."""
-
-    def missing(self) -> int:
-        """One-time keys that each direction lacks to be full."""
-        ...
-
-    def put(self, secret: bytearray) -> None:
-        """Add as many keys for each direction: the first half is for what Alice sends. Wipes `secret`."""
         ...
 
 
@@ -213,6 +193,8 @@ class Settings:
     qber_threshold: float = 0.08
     """Error rate of the check basis above which a block is thrown away."""
     key_size: int = 256
+    reserve: int = 64
+    """One-time keys of each direction that the reserve is filled up to."""
 
     def __post_init__(self) -> None:
         if not 100 <= self.block_bits <= 1 << 24:
@@ -221,6 +203,8 @@ class Settings:
             raise ValueError(f"the QBER threshold is between 0 and 0.5, not {self.qber_threshold}")
         if self.key_size < 8 or self.key_size % 8:
             raise ValueError(f"key size must be a positive multiple of 8 bits, not {self.key_size}")
+        if not 8 <= self.reserve <= 10_000:
+            raise ValueError(f"the reserve has 8 to 10000 one-time keys, not {self.reserve}")
 
     def digest(self) -> bytes:
         """32 bytes that are equal on both sides if the settings are."""
@@ -238,40 +222,50 @@ class Ready(NamedTuple):
     """The first message of each side in a session."""
 
     instance: bytes  # 16 bytes, new in each process
+    nonce: bytes  # 16 bytes, new in each session
     settings: bytes  # digest
     capacity: int  # keys of each direction
     doubt: Doubt  # Bob: waits for word on this block. Alice: has stored it. Zeros: none
 
     def to_bytes(self) -> bytes:
         """The part."""
-        return bytes([Kind.READY]) + _READY.pack(self.instance, self.settings, self.capacity, *self.doubt)
+        return bytes([Kind.READY]) + _READY.pack(
+            self.instance, self.nonce, self.settings, self.capacity, *self.doubt
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Ready:
         """Raises LinkError for anything else."""
         if len(data) != _READY.size:
             raise LinkError(f"the first message has {_READY.size} bytes, not {len(data)}")
-        instance, settings, capacity, session, number = _READY.unpack(data)
-        return cls(instance, settings, capacity, Doubt(session, number))
+        instance, nonce, settings, capacity, session, number = _READY.unpack(data)
+        return cls(instance, nonce, settings, capacity, Doubt(session, number))
 
 
 NO_DOUBT: Final = Doubt(bytes(16), 0)
 
 
 class Share(NamedTuple):
-    """How the secret bits of a block are shared out, in this order."""
+    """How the secret bits of a block are shared out: first to the reserve, then to keys."""
 
     length: int  # secret bits
-    refill: int  # one-time keys for each direction
+    material: int  # bytes for the reserve
+    one_time_a_to_b: int  # one-time keys that these make, and for which direction
+    one_time_b_to_a: int
     for_a: int  # keys
     for_b: int
 
+    @property
+    def one_time(self) -> tuple[int, int]:
+        """One-time keys by direction."""
+        return self.one_time_a_to_b, self.one_time_b_to_a
+
     def bits(self, key_size: int) -> int:
         """How many secret bits that takes."""
-        return 2 * ONE_TIME_KEY_BITS * self.refill + key_size * (self.for_a + self.for_b)
+        return 8 * self.material + key_size * (self.for_a + self.for_b)
 
     def to_bytes(self) -> bytes:
-        """14 bytes."""
+        """Of a fixed size."""
         return _SHARE.pack(*self)
 
     @classmethod
@@ -312,17 +306,19 @@ class Party:
         reserve: of one-time keys.
         capacity: keys of each direction that the sink has room for.
         figures: for operators.
-        offload: how to compute what takes long.
+        offload: how to compute what takes long: one call at a time.
+        offload_optics: the same for what emulates the optics, which goes on meanwhile.
     """
 
     def __init__(
         self,
         settings: Settings,
         sink: Sink,
-        reserve: Reserve,
+        reserve: KeyReserve,
         capacity: int,
         figures: Figures,
         offload: Offload = inline,
+        offload_optics: Offload = inline,
     ) -> None:
         """Do nothing yet."""
         self.settings = settings
@@ -333,7 +329,9 @@ class Party:
         self._reserve = reserve
         self._capacity = capacity
         self._offload = offload
+        self._offload_optics = offload_optics
         self._doubt = NO_DOUBT
+        self._session = b""  # public, the same on both sides, never used before
 
     # --- parts of messages
 
@@ -368,6 +366,11 @@ class Party:
 
     # --- what both sides compute
 
+    def _open(self, first: Ready, second: Ready) -> None:
+        """The session has begun: both have said that they are ready, Bob first."""
+        both = first.to_bytes() + second.to_bytes()
+        self._session = hashlib.sha256(b"session of a QKD link" + both).digest()[:16]
+
     def _check_ready(self, ready: Ready) -> None:
         if ready.settings != self.settings.digest():
             raise LinkError(
@@ -377,7 +380,7 @@ class Party:
         self._peer_capacity = ready.capacity
 
     def _ready(self) -> Ready:
-        return Ready(self.instance, self.settings.digest(), self._capacity, self._doubt)
+        return Ready(self.instance, os.urandom(16), self.settings.digest(), self._capacity, self._doubt)
 
     def _check_qber(self, tally: Tally) -> None:
         """Raises Aborted above the threshold."""
@@ -389,10 +392,9 @@ class Party:
         checked = int(tally.detections[CHECK_BASIS].sum())
         return min((int(tally.errors.sum()) + 1) / (checked + 2), 0.25)
 
-    @staticmethod
-    def _orders(session: bytes, number: int) -> bytes:
+    def _orders(self, number: int) -> bytes:
         """What the orders of Cascade's passes are made from."""
-        return hashlib.sha256(b"orders" + session + struct.pack(">I", number)).digest()
+        return hashlib.sha256(b"orders" + self._session + struct.pack(">I", number)).digest()
 
     def _length(self, tally: Tally, leaked: int) -> int:
         """How many bits are secret after reconciliation told `leaked` of them."""
@@ -403,9 +405,9 @@ class Party:
         ).bits
         return min(length, tally.sifted)
 
-    def _cut(self, session: bytes, block: int, secret: _Bits, share: Share) -> tuple[bytearray, BlockKeys]:
+    def _cut(self, block: int, secret: _Bits, share: Share) -> tuple[bytearray, BlockKeys]:
         """The refill of the reserve, and the keys."""
-        refill_bits = 2 * ONE_TIME_KEY_BITS * share.refill
+        refill_bits = 8 * share.material
         refill = bytearray(np.packbits(secret[:refill_bits]))
         size = self.settings.key_size
         keys = []
@@ -413,13 +415,20 @@ class Party:
             start = refill_bits + position * size
             keys.append(
                 SecretKey(
-                    key_id(session, block, position), bytearray(np.packbits(secret[start : start + size]))
+                    key_id(self._session, block, position),
+                    bytearray(np.packbits(secret[start : start + size])),
                 )
             )
         secret[:] = 0
         return refill, BlockKeys(keys[: share.for_a], keys[share.for_a :])
 
-    def _report(
+    def _refill(self, material: bytearray, share: Share) -> None:
+        """Put one-time keys into the reserve, if there are any."""
+        if material:
+            self._reserve.put(bytes(material), share.one_time)
+            material[:] = bytes(len(material))
+
+    def _outcome(
         self,
         number: int,
         tally: Tally,
@@ -428,24 +437,23 @@ class Party:
         errors: int = 0,
         leaked: int = 0,
         share: Share | None = None,
-    ) -> None:
+    ) -> Block:
+        """What became of a block; `reason` if nothing did."""
         size = self.settings.key_size
         keys = 0 if share is None else share.for_a + share.for_b
-        refill = 0 if share is None else 2 * ONE_TIME_KEY_BITS * share.refill
+        refill = 0 if share is None else 8 * share.material
         length = 0 if share is None else share.length
-        self.figures.block(
-            Block(
-                number=number,
-                sifted=tally.sifted,
-                qber=tally.qber,
-                key_errors=errors,
-                leaked=leaked,
-                secret=length,
-                keys=keys,
-                discarded=max(0, (length - refill) // size - keys),
-                authentication=refill,
-                reason=reason,
-            )
+        return Block(
+            number=number,
+            sifted=tally.sifted,
+            qber=tally.qber,
+            key_errors=errors,
+            leaked=leaked,
+            secret=length,
+            keys=keys,
+            discarded=max(0, (length - refill) // size - keys),
+            authentication=refill,
+            reason=reason,
         )
 
 

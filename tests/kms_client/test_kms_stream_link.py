@@ -15,11 +15,10 @@ import pytest
 
 from kms_client.emulator import DemoPKI, OSRandomSource, write_demo_pki
 from kms_client.emulator import stream_link as module
-from kms_client.emulator.cli import _link_client_context
 from kms_client.emulator.kme import server_context
 from kms_client.emulator.link import LinkDown
 from kms_client.emulator.store import KeyStore
-from kms_client.emulator.stream_link import ConnectingLink, ListeningLink
+from kms_client.emulator.stream_link import ConnectingLink, ListeningLink, client_context
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ class Ends:
     def __init__(self, pki: DemoPKI, rate: float, initial: int, expected_b: str = "KME-B") -> None:
         self.store_a, self.store_b = KeyStore(256, 50), KeyStore(256, 50)
         self.context_a = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
-        self.context_b = _link_client_context(pki.kme_b_cert, pki.kme_b_key, pki)
+        self.context_b = client_context(pki.kme_b_cert, pki.kme_b_key, pki.kms_ca)
         self.a = ListeningLink(self.store_a, OSRandomSource(rate), initial, expected_b, self.context_a)
         self.b = ConnectingLink(self.store_b, "KME-A", self.context_b)
 

@@ -77,6 +77,9 @@ class KeyStore:
         self.key_size = key_size
         self.max_key_count = max_key_count
         self.deliveries: list[Delivery] = []
+        self.in_doubt: set[str] = (
+            set()
+        )  # keys that are about to be stored at both ends; `keep_only` lets them be
         self._available: OrderedDict[str, bytearray] = OrderedDict()
         self._held: OrderedDict[str, bytearray] = OrderedDict()
         self._assigned: OrderedDict[str, _Assigned] = OrderedDict()
@@ -168,13 +171,27 @@ class KeyStore:
         """IDs of the keys that both ends must have: not yet taken here nor assigned by the other end."""
         return [*self._available, *self._held]
 
-    def keep_only(self, key_ids: Iterable[str]) -> int:
-        """Drop unassigned keys the other end does not have; how many were dropped."""
-        known = set(key_ids)
-        dropped = [key_id for key_id in self.unassigned_ids() if key_id not in known]
-        for key_id in dropped:
-            _zero((self._available if key_id in self._available else self._held).pop(key_id))
-        return len(dropped)
+    def keep_only(self, key_ids: Iterable[str], told: Iterable[str] | None = None) -> int:
+        """Drop unassigned keys the other end does not have; how many were dropped.
+
+        Args:
+            key_ids: those that the other end has.
+            told: those that this end had when it told the other; younger ones, which the other may not have known
+                yet, stay. None for all.
+        """
+        known = set(key_ids) | self.in_doubt
+        candidates = self.unassigned_ids() if told is None else told
+        return self.drop(key_id for key_id in candidates if key_id not in known)
+
+    def drop(self, key_ids: Iterable[str]) -> int:
+        """Drop these, if they are not taken or assigned yet; how many were dropped."""
+        dropped = 0
+        for key_id in tuple(key_ids):
+            secret = self._available.pop(key_id, None) or self._held.pop(key_id, None)
+            if secret is not None:
+                _zero(secret)
+                dropped += 1
+        return dropped
 
 
 def _join(parts: list[bytearray], size: int) -> bytearray:

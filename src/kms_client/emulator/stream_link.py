@@ -4,7 +4,8 @@ Side A has the key source and listens, side B connects and connects again. Whene
 which unassigned keys they have and drop what the other has not. From then on messages arrive in order, so
 that a key is always known at the other end before an assignment names it.
 
-This channel carries keys under ordinary TLS: it stands in for the quantum link, it is not one.
+With a key source, this channel carries keys under ordinary TLS: it stands in for the quantum link, it is not one. Where
+the keys come from an emulated QKD link (`qkd_side`), there is no source, and no key goes over it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import base64
 import json
 import logging
 import ssl
+from pathlib import Path
 from typing import Any
 
 from .link import LinkDown, feed, new_keys
 from .source import KeySource
 from .store import Assignment, KeyStore, NotFound
 
-__all__ = ["ConnectingLink", "ListeningLink"]
+__all__ = ["ConnectingLink", "ListeningLink", "client_context"]
 
 _log = logging.getLogger("kms_client.emulator")
 
@@ -70,9 +72,10 @@ class _StreamLink:
             if _common_name(writer) != self._peer_kme_id:
                 _log.warning("refused a link: the certificate is not that of %s", self._peer_kme_id)
                 return
-            self._send(writer, {"type": "sync", "key_ids": self._store.unassigned_ids()})
+            told = self._store.unassigned_ids()
+            self._send(writer, {"type": "sync", "key_ids": told})
             message = await self._receive(reader)
-            dropped = self._store.keep_only(message["key_ids"])
+            dropped = self._store.keep_only(message["key_ids"], told)
             _log.info("link to %s up, %d keys dropped", self._peer_kme_id, dropped)
             self._writer = writer
             await self._joined(writer)
@@ -126,14 +129,19 @@ class ListeningLink(_StreamLink):
 
     Args:
         store: side A's end.
-        source: of the keys.
+        source: of the keys; None where they come from elsewhere.
         initial: keys of each direction to start with, put in when side B first connects.
         peer_kme_id: common name that side B's certificate must have.
         context: TLS with the KME's certificate, requiring the peer's.
     """
 
     def __init__(
-        self, store: KeyStore, source: KeySource, initial: int, peer_kme_id: str, context: ssl.SSLContext
+        self,
+        store: KeyStore,
+        source: KeySource | None,
+        initial: int,
+        peer_kme_id: str,
+        context: ssl.SSLContext,
     ) -> None:
         """Listen with `start`."""
         super().__init__(store, peer_kme_id)
@@ -141,20 +149,23 @@ class ListeningLink(_StreamLink):
         self._initial = initial
         self._context = context
         self._talks: set[asyncio.Task[None]] = set()
+        self._feeding: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port, which is a free one for 0."""
         self._server = await asyncio.start_server(
             self._accept, host, port, ssl=self._context, limit=_MAX_LINE
         )
-        self._feeding = asyncio.create_task(feed(self._source, self._put))
+        if self._source is not None:
+            self._feeding = asyncio.create_task(feed(self._source, self._put))
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
         """Stop listening and end the connection."""
         self._server.close()
         for task in (self._feeding, *self._talks):
-            await _cancel(task)
+            if task is not None:
+                await _cancel(task)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -176,7 +187,7 @@ class ListeningLink(_StreamLink):
         await self._put(number)
 
     async def _put(self, number: int) -> None:
-        if self._writer is None:
+        if self._writer is None or self._source is None:
             return
         writer = self._writer
         for key in new_keys(self._source, number, self._store):
@@ -220,6 +231,15 @@ class ConnectingLink(_StreamLink):
             else:
                 await self._talk(*streams)
             await asyncio.sleep(_RETRY)
+
+
+def client_context(cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
+    """TLS for side B of a link: its KME's certificate, and verification of the other's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(ca)
+    context.check_hostname = False  # the link checks the KME's ID instead
+    context.load_cert_chain(cert, key)
+    return context
 
 
 def _common_name(writer: asyncio.StreamWriter) -> str | None:
