@@ -56,6 +56,9 @@ def test_the_whole_demo(temporary_files: Path) -> None:
     assert [int(row[0]) for row in rows] == list(range(1, 11))
     assert [row[1] for row in rows] == ["bootstrap"] + 9 * ["associated"]
     assert [row[4] for row in rows] == ["1 + 1"] + 3 * ["0 + 0"] + 6 * ["1 + 1"]
+    assert re.search(r"QKD link +emulated, 20 km of fibre, decoy-state BB84; first keys", result.stdout)
+    assert re.search(r" +block \d+: [\d,]+ bits sifted, QBER 0\.\d\d%, [\d,]+ bits told", result.stdout)
+    assert re.search(r" +[\d,]+ kbit/s so far; [\d,]+ \+ [\d,]+ keys stored, [\d,]+ bits kept", result.stdout)
     assert re.search(
         r"require +refused with QKDUnavailable\n +no QKD key: .* \(KMS https://127.0.0.1:\d+; ", result.stdout
     )
@@ -279,6 +282,45 @@ def test_keys_are_waited_for(monkeypatch: pytest.MonkeyPatch, stage: story._Demo
     monkeypatch.setattr(story, "Etsi014Client", Manager)
     process: Any = None
     stage._wait_for_keys(*(story._KME(side, (), process, URL, "127.0.0.1:2") for side in "ab"))
+    assert answers == []
+
+
+def side(**changes: Any) -> dict[str, Any]:
+    last = {"number": 1, "sifted": 1000, "qber": 0.01, "leaked": 90, "secret": 400, "keys": 1} | changes
+    return {
+        "blocks": {"kept": 1, "last": last},
+        "optics": {"length_km": 20.0, "max_qber": 0.08},
+        "keys": {"for_a": 1, "for_b": 0},
+        "secret_bit_s": 400.0,
+        "authentication": {"made_bits": 144},
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "passes"),
+    [
+        ({}, {}, True),
+        ({}, {"qber": 0.02}, False),
+        ({}, {"secret": 401}, False),
+        ({"qber": 0.0}, {"qber": 0.0}, False),
+        ({"qber": 0.09}, {"qber": 0.09}, False),
+    ],
+)
+def test_what_the_sides_of_the_link_report_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+    stage: story._Demo,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    passes: bool,
+) -> None:
+    behind = side()
+    behind["blocks"]["kept"] = 0  # side B is late the first time
+    answers = [side(**ours), behind, side(**ours), side(**theirs)]
+    monkeypatch.setattr(story, "_figures", lambda page: answers.pop(0))
+    process: Any = None
+    kme_a, kme_b = (story._KME(name, (), process, URL, "127.0.0.1:2") for name in "ab")
+    stage._link(kme_a, kme_b, 1.0)
+    assert list(stage.checks.values()) == [passes]
     assert answers == []
 
 

@@ -23,9 +23,6 @@ from kms_client.emulator import DemoPKI, ensure_demo_pki
 BLOCK = "300000"
 
 
-REFUSALS = {"KMSUnavailable", "KMSTimeout", "NoKeysLeft", "UnknownKey"}
-
-
 class SideProcess:
     """`qkd-kme link --side ...`, which can be killed and started again at the same ports."""
 
@@ -244,7 +241,7 @@ class Pairs:
                         "slave", partial(slave.get_keys_by_id, f"SAE-{here.upper()}", [key_id])
                     ):
                         self.slaves[key_id] = _hash(same)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - stop() raises it
             self.unexpected.append(error)
         finally:
             master.close()

@@ -1,7 +1,7 @@
 """The story that the demo tells, and the checks it makes.
 
-Two KMEs, an HTTPS server and an HTTPS client run as processes of their own. What the two sides report separately is put
-side by side and checked.
+The two sides of an emulated QKD link with their KMEs, an HTTPS server and an HTTPS client run as processes of their
+own. What the two sides report separately is put side by side and checked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
+
+import requests
 
 from kms_client import Etsi014Client, KMSUnavailable
 from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
@@ -95,7 +97,8 @@ class _KME:
     process: Process
     url: str
     link: str
-    starts: int = 1
+    fibre: str = ""
+    page: str = ""
 
     @property
     def name(self) -> str:
@@ -115,13 +118,15 @@ class _Demo:
         page.heading("Starting, all on 127.0.0.1")
         kme_a = self._start_kme("a")
         page.item(kme_a.name, f"{kme_a.url}, keys for SAE-A (the client)")
-        kme_b = self._start_kme("b", "--link", kme_a.link)
+        kme_b = self._start_kme("b", "--link", kme_a.link, "--fibre", kme_a.fibre)
         page.item(kme_b.name, f"{kme_b.url}, keys for SAE-B (the server)")
-        self._wait_for_keys(kme_a, kme_b)
-        page.item("QKD link", "up, emulated")
+        # The link makes its first keys meanwhile.
         server = self._start("HTTPS server", "qkd_tls.demo.peers", "server", *self._peer(kme_b))
         url = f"https://127.0.0.1:{server.first_report()['port']}"
         page.item("HTTPS server", f"{url}, policy prefer")
+        begin = time.monotonic()
+        self._wait_for_keys(kme_a, kme_b)
+        self._link(kme_a, kme_b, time.monotonic() - begin)
 
         page.heading(f"{_REQUESTS} requests on {_REQUESTS} connections, client policy require")
         client = self._client(kme_a, url, Policy.REQUIRE, _REQUESTS, _ANNOUNCED_KEYS)
@@ -145,22 +150,17 @@ class _Demo:
 
     def _start_kme(self, side: str, *arguments: str) -> _KME:
         arguments = (
-            "serve",
-            "--side",
-            side,
-            "--dir",
-            str(self.directory),
-            "--json",
-            "--buffer",
-            "100",
+            *("link", "--side", side, "--dir", str(self.directory), "--json", "--page-port", "0"),
             *arguments,
         )
         process = self._start(f"KME {side.upper()}", "kms_client.emulator", *arguments)
         ready = process.first_report()
-        return _KME(side, arguments, process, ready["kmes"][0]["url"], ready["link"])
+        return _KME(
+            side, arguments, process, ready["kmes"][0]["url"], ready["link"], ready["fibre"], ready["page"]
+        )
 
     def _restart_kme(self, kme: _KME) -> None:
-        ports = ("--port", _port(kme.url), "--link-port", _port(kme.link))
+        ports = ("--port", _port(kme.url), "--link-port", _port(kme.link), "--fibre-port", _port(kme.fibre))
         kme.process = self._start(f"{kme.name} again", "kms_client.emulator", *kme.arguments, *ports)
         kme.process.first_report()
 
@@ -187,7 +187,7 @@ class _Demo:
         return "--dir", str(self.directory), "--kme", kme.url
 
     def _client(
-        self, kme: _KME, url: str, policy: Policy, requests: int = 1, announced_keys: int = 0
+        self, kme: _KME, url: str, policy: Policy, number: int = 1, announced_keys: int = 0
     ) -> list[dict[str, Any]]:
         """Run the client; what it reports of each request."""
         self.runs += 1
@@ -196,11 +196,40 @@ class _Demo:
             "qkd_tls.demo.peers",
             "client",
             *self._peer(kme),
-            *("--url", url, "--policy", policy, "--requests", str(requests)),
+            *("--url", url, "--policy", policy, "--requests", str(number)),
             *("--announced-keys", str(announced_keys)),
         ).finish()
 
     # --- what should be
+
+    def _link(self, kme_a: _KME, kme_b: _KME, seconds: float) -> None:
+        """How the link makes keys, from the figures of both sides."""
+
+        def both() -> list[dict[str, Any]] | None:
+            # Side B has stored a block a moment after side A has.
+            sides = [_figures(kme.page) for kme in (kme_a, kme_b)]
+            return sides if len({side["blocks"]["kept"] for side in sides}) == 1 else None
+
+        ours, theirs = wait_for("a block on both sides", both)
+        block, optics = ours["blocks"]["last"], ours["optics"]
+        authentication, keys = ours["authentication"], ours["keys"]
+        self.page.item(
+            "QKD link",
+            f"emulated, {optics['length_km']:g} km of fibre, decoy-state BB84; first keys after {seconds:.1f} s more",
+        )
+        self.page.note(
+            f"block {block['number']}: {block['sifted']:,} bits sifted, QBER {block['qber']:.2%},"
+            f" {block['leaked']:,} bits told to correct it, {block['secret']:,} bits secret"
+        )
+        self.page.note(
+            f"{ours['secret_bit_s'] / 1000:,.0f} kbit/s so far; {keys['for_a']:,} + {keys['for_b']:,} keys stored,"
+            f" {authentication['made_bits']:,} bits kept to authenticate what follows"
+        )
+        compared = ("sifted", "qber", "leaked", "secret", "keys")
+        self.checks["the QKD link: both sides report the same block, and its QBER is below the threshold"] = (
+            all(block[name] == theirs["blocks"]["last"][name] for name in compared)
+            and 0 < block["qber"] < optics["max_qber"]
+        )
 
     def _ten_connections(self, client: list[dict[str, Any]], server: list[dict[str, Any]]) -> None:
         rows = [_Row.of(ours, theirs) for ours, theirs in zip(client, server, strict=False)]
@@ -354,6 +383,14 @@ class _Page:
 
     def _painted(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colour else text
+
+
+def _figures(page: str) -> dict[str, Any]:
+    """What one side of the link shows to operators."""
+    answer = requests.get(f"{page}figures", timeout=20)
+    answer.raise_for_status()
+    [side] = answer.json()["sides"]
+    return dict(side)
 
 
 def _described(qkd: dict[str, Any]) -> str:
