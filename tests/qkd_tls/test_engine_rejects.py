@@ -446,6 +446,13 @@ class TestBrokenServer:
             assert info.fallback == f"the server rejected the QKD keys: {code}"
             assert info.alpn == "http/1.1"
 
+    def test_a_protocol_that_was_not_offered(self, policy: Policy) -> None:
+        world = World(client={"policy": policy})
+        peer = hand_driven_server(world).send(Reject(RejectCode.BUSY, "", "h2"))
+        error = self.failed(peer, world)
+        assert isinstance(error, QKDProtocolError)
+        assert "protocol that was not offered" in str(error)
+
     def test_identity_where_nobody_asked(self, policy: Policy) -> None:
         world = World(client={"policy": policy})
         peer = hand_driven_server(world).send(Identity(SAE_B, ("local",), (), 1))

@@ -296,6 +296,8 @@ class ClientEngine(Engine):
         self._go(Event.ACCEPT)
 
     def _on_reject(self, message: control.Reject) -> None:
+        if message.alpn is not None and message.alpn not in self._config.alpn:
+            raise self._malformed("reject selects an application protocol that was not offered")
         self._clean_up()
         why = f"the server rejected the QKD keys: {message.code}"
         if message.detail:
