@@ -7,15 +7,19 @@ import http.client
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from kms_client import Etsi014Client
+from kms_client.emulator import ensure_demo_pki
 from kms_client.emulator.watch import WatchPage
 from qkd_link.controls import Controls
 from qkd_link.figures import Block, Figures
@@ -217,16 +221,19 @@ def page(browser_page: Page, site: Site) -> Iterator[Page]:
         if not request.url.startswith((site.page.url, "data:")):
             strangers.append(request.url)
 
-    browser_page.on("console", said)
-    browser_page.on("pageerror", lambda error: complaints.append(str(error)))
-    browser_page.on("request", asked)
+    def failed(error: Any) -> None:
+        complaints.append(str(error))
+
+    listeners: dict[Any, Any] = {"console": said, "pageerror": failed, "request": asked}
+    for event, listener in listeners.items():
+        browser_page.on(event, listener)
     site.make_blocks(40)
     browser_page.goto(site.page.url)
     expect(browser_page.locator("#state")).to_have_text("running")
     yield browser_page
     browser_page.goto("about:blank")
-    for event in ("console", "request"):
-        browser_page.remove_listener(event, {"console": said, "request": asked}[event])
+    for event, listener in listeners.items():
+        browser_page.remove_listener(event, listener)
     assert complaints == []
     assert strangers == []
 
@@ -323,9 +330,118 @@ CONTRAST = """() => {
 """Texts with less contrast than 4.5 (WCAG 2.2, success criterion 1.4.3)."""
 
 
-def test_when_the_link_has_gone(page: Page, site: Site, tmp_path: Path) -> None:
+def test_when_the_link_has_gone(page: Page, site: Site) -> None:
     site.call(site.page.stop())
     expect(page.locator("#state")).to_have_text("no answer from the link")
     url = urlsplit(site.page.url)
     site.call(site.page.start(port=url.port or 0))
     expect(page.locator("#state")).to_have_text("running")
+
+
+# --- a real link
+
+
+@dataclass
+class RunningLink:
+    """Both sides of a link in one process, and clients of both KMEs."""
+
+    page: str
+    master: Etsi014Client
+    slave: Etsi014Client
+
+    def deliver(self) -> str:
+        """A key, fetched at both sides; its ID."""
+        (key,) = self.master.get_keys("SAE-B", 1, 256)
+        (same,) = self.slave.get_keys_by_id("SAE-A", [key.key_id])
+        with same.use() as theirs, key.use() as ours:
+            assert bytes(theirs) == bytes(ours)
+        return key.key_id
+
+
+@pytest.fixture(scope="module")
+def running_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningLink]:
+    folder = tmp_path_factory.mktemp("link") / "pki"
+    # The store is larger than what these tests make, so that production never pauses.
+    options = ["--dir", str(folder), "--block", "300000", "--buffer", "1000000", "--page-port", "0", "--json"]
+    command = [sys.executable, "-m", "kms_client.emulator", "link", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            ready = json.loads(process.stdout.readline())
+            pki = ensure_demo_pki(folder)
+            clients = [
+                Etsi014Client(
+                    kme["url"],
+                    sae_id=f"SAE-{side.upper()}",
+                    cert=folder / f"sae-{side}.pem",
+                    key=folder / f"sae-{side}.key",
+                    ca=pki.kms_ca,
+                )
+                for side, kme in zip("ab", ready["kmes"], strict=True)
+            ]
+            yield RunningLink(ready["page"], *clients)
+            for client in clients:
+                client.close()
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def live(browser_page: Page, running_link: RunningLink) -> Iterator[Page]:
+    browser_page.goto(running_link.page)
+    expect(browser_page.locator("#state")).to_have_text("running", timeout=30_000)
+    expect(browser_page.locator("#blocks")).to_have_text(re.compile("^[1-9][0-9]* kept"), timeout=30_000)
+    yield browser_page
+    browser_page.goto("about:blank")
+
+
+def kept(page: Page) -> int:
+    return int((page.locator("#blocks").text_content() or "").split()[0])
+
+
+def wait_for_more_blocks(page: Page) -> None:
+    before = kept(page)
+    page.wait_for_function(
+        "(before) => parseInt(document.querySelector('#blocks').textContent) > before + 1",
+        arg=before,
+        timeout=30_000,
+    )
+
+
+def test_keys_of_a_real_link(live: Page, running_link: RunningLink) -> None:
+    key_id = running_link.deliver()
+    expect(live.locator("#deliveries .id").first).to_have_text(key_id)
+    rows = live.locator("#deliveries tr", has_text=key_id)
+    expect(rows).to_have_count(2)
+    expect(rows.filter(has_text="SAE-A").filter(has_text="master")).to_have_count(1)
+    expect(rows.filter(has_text="SAE-B").filter(has_text="slave")).to_have_count(1)
+
+
+def test_an_eavesdropper_shows(live: Page) -> None:
+    live.get_by_label("Eve intercepts and resends").fill("100")
+    expect(live.locator("#qber")).to_have_text(re.compile(r"^2[456]\.\d+ %$"), timeout=30_000)
+    expect(live.locator("#blocks-note")).to_contain_text("QBER above the threshold")
+    before = kept(live)
+    live.wait_for_timeout(2000)
+    assert kept(live) == before
+    live.get_by_label("Eve intercepts and resends").fill("0")
+    wait_for_more_blocks(live)
+    expect(live.locator("#qber")).to_have_text(re.compile(r"^0\.\d+ %$"))
+
+
+@pytest.mark.parametrize("deed", ["change", "replay"])
+def test_a_man_in_the_middle_shows(live: Page, deed: str) -> None:
+    live.get_by_label("Man in the middle").select_option(deed)
+    expect(live.locator("#reserve-note")).not_to_contain_text(", 0 forgeries", timeout=30_000)
+    expect(live.locator("#events")).to_contain_text("is not authentic", timeout=30_000)
+    live.get_by_label("Man in the middle").select_option("off")
+    expect(live.locator("#state")).to_have_text("running", timeout=30_000)
+    wait_for_more_blocks(live)
+
+
+def test_a_cut_shows(live: Page) -> None:
+    live.get_by_label("Link cut").check()
+    expect(live.locator("#state")).to_contain_text("down")
+    live.get_by_label("Link cut").uncheck()
+    expect(live.locator("#state")).to_have_text("running", timeout=30_000)
+    wait_for_more_blocks(live)
