@@ -1,0 +1,64 @@
+"""Peers who send garbage, never end, or never begin: they cost a bounded time, and nobody else notices."""
+
+from __future__ import annotations
+
+import ssl
+import time
+
+import pytest
+from attack_support import Site, attempt
+
+from qkd_tls import QKDUnavailable
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(0x4000),
+        (b"\x16\x03\x01\x00\x01\x01" + b"\x16\x03\x01\x00\x01\x00" * 60_000)[:200_000],
+        b"\x17\x03\x03\xff\xff" + bytes(200_000),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00" * 100_000,
+    ],
+    ids=["huge ClientHello", "a byte a record", "application data", "HTTP", "zeros"],
+)
+def test_garbage(site: Site, data: bytes) -> None:
+    server = site.serve()
+    with server.tcp() as sock:
+        try:
+            sock.sendall(data)
+            while sock.recv(1 << 16):
+                pass
+        except ConnectionError:
+            pass
+        assert isinstance(server.seen().error, OSError)
+    assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
+
+
+def test_a_client_that_trickles(site: Site) -> None:
+    """The socket's timeout is that of the whole handshake; others are served meanwhile."""
+    server = site.serve()
+    began = time.monotonic()
+    with server.tcp() as slow:
+        slow.sendall(b"\x16\x03\x01")
+        assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
+        assert time.monotonic() - began < 10
+    assert isinstance(server.seen().error, ssl.SSLEOFError)
+
+
+def test_without_its_kme_a_client_that_prefers_goes_on_and_says_so(site: Site) -> None:
+    """Whoever can stop a KME can have `prefer` do without; `require` refuses."""
+    lab = site.lab
+    assert lab.kmes is not None
+    server = site.serve(policy="prefer")
+    lab.kmes.stop_kme("b")
+    try:
+        outcome = attempt(server.address, site.client(policy="prefer"), server)
+        assert outcome.client_info.protection == "pq-only"
+        assert outcome.warnings.count("QKDFallbackWarning") >= 1
+        refused = attempt(server.address, site.client(), server)
+        assert isinstance(refused.client_error, QKDUnavailable)
+        assert "no QKD key" in str(refused.client_error)
+    finally:
+        lab.kmes.start_kme("b")
+    assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
