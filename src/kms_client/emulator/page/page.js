@@ -100,12 +100,12 @@ function show(sides) {
   text("blocks", `${blocks.kept} kept`);
   const [done, wanted] = blocks.progress;
   const reasons = Object.entries(blocks.reasons).map(([reason, count]) => `${count}: ${reason}`).join("; ");
-  text("blocks-note", `${blocks.aborted} thrown away${reasons ? ` (${reasons})` : ""}; next at ${wanted ? Math.floor((100 * done) / wanted) : 0} %`);
-  byId("blocks").parentElement.classList.toggle("bad", blocks.aborted > 0);
+  text("blocks-note", `${blocks.aborted} thrown away${reasons ? ` (${reasons})` : ""}; next at ${wanted ? Math.min(100, Math.floor((100 * done) / wanted)) : 0} %`);
+  byId("blocks").parentElement.classList.toggle("bad", Boolean(blocks.last?.reason));
   text("share", percent(authentication.share));
   text("share-note", `of the secret key; ${scaled(authentication.spent_bits ?? 0, "bit")} spent, ${scaled(authentication.made_bits ?? 0, "bit")} made`);
   text("reserve", `${authentication.reserve_keys ?? 0} keys`);
-  text("reserve-note", `now by ${authentication.mode ?? "–"}; ${authentication.bootstraps ?? 0} bootstraps, ${authentication.failures ?? 0} forgeries`);
+  text("reserve-note", `now by ${authentication.mode ?? "–"}; bootstraps: ${authentication.bootstraps ?? 0}, forgeries: ${authentication.failures ?? 0}`);
   byId("reserve").parentElement.classList.toggle("bad", (authentication.failures ?? 0) > 0);
 
   for (const side of sides) {
