@@ -127,7 +127,8 @@ def connection(
         )
         info, error, echoed = None, "", False
         if role == "client":
-            echoed = "olleh" in stack.client(given, front.address[1])
+            said = stack.client(given, front.address[1])
+            echoed = "olleh" in said and stack.confirms(given) in said
             seen = server.seen()
             info, error = seen.info, str(seen.error or "")
         else:

@@ -92,6 +92,10 @@ class Stack:
         """Connect to localhost, send a line, and return all that the program says until the connection ends."""
         raise NotImplementedError
 
+    def confirms(self, given: Given) -> str:
+        """What a client says, among other things, of a connection with this PSK; empty where it says nothing."""
+        return ""
+
     def server(self, given: Given) -> contextlib.AbstractContextManager[int]:
         """The port of a server that answers."""
         raise NotImplementedError
@@ -217,6 +221,9 @@ class OpenSSL(Stack):
             "-psk_identity", given.identity, "-psk", given.psk.hex(),
         ]  # fmt: skip
 
+    def confirms(self, given: Given) -> str:
+        return f"Reused, TLSv1.3, Cipher is {given.suite}"
+
     def client(self, given: Given, port: int) -> str:
         target = ["-connect", f"127.0.0.1:{port}", "-servername", "localhost", "-ign_eof"]
         return _said([_program("openssl"), "s_client", *target, *self._options(given)])
@@ -253,6 +260,9 @@ class GnuTLS(Stack):
             "--priority",
             f"NORMAL:-VERS-ALL:+VERS-TLS1.3:+ECDHE-PSK:-CIPHER-ALL:+{cipher}:-GROUP-ALL{groups}",
         ]
+
+    def confirms(self, given: Given) -> str:
+        return f"PSK authentication. Connected as '{given.identity}'"
 
     def client(self, given: Given, port: int) -> str:
         psk = ["--pskusername", given.identity, "--pskkey", given.psk.hex()]
@@ -421,6 +431,9 @@ class Python(Stack):
 
     def _command(self, role: str, given: Given, port: int) -> list[str]:
         return [self._binary(), "-c", _PYTHON, role, str(port), given.identity, given.psk.hex()]
+
+    def confirms(self, given: Given) -> str:
+        return f"('{given.suite}', 'TLSv1.3', "
 
     def client(self, given: Given, port: int) -> str:
         return _said(self._command("client", given, port), env=_openssl_conf(given))
