@@ -33,7 +33,7 @@ _RETRY: Final = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e0
 _MODES: Final = {0: "psk_ke", 1: "psk_dhe_ke"}
 _CAUSES: Final = {
     "no key exchange group in common": "no group in common",
-    "the server found no common ground": "alert handshake_failure",
+    "ALERT_HANDSHAKE_FAILURE": "alert handshake_failure",
     "BINDER_DOES_NOT_VERIFY": "the binder does not verify",
     "ALERT_DECRYPT_ERROR": "alert decrypt_error",
     "ALERT_ILLEGAL_PARAMETER": "alert illegal_parameter",

@@ -215,6 +215,21 @@ class TestGarbageInEveryState:
         side.end_of_stream()
         assert isinstance(side.error, ssl.SSLError)
 
+    @pytest.mark.parametrize(
+        ("description", "advice"),
+        [
+            (47, "some TLS stacks say so where the two sides hold different keys"),
+            (40, "for another hash (kdf)"),
+        ],
+    )
+    def test_an_alert_of_another_stack_names_the_key(self, description: int, advice: str) -> None:
+        _, side = in_every_state()["CLIENT_HYBRID"]()
+        assert side.engine._psk is not None
+        key_id = side.engine._psk.key_id
+        side.deliver(bytes([21, 3, 3, 0, 2, 2, description]))
+        assert advice in str(side.error)
+        assert key_id in str(side.error)
+
     @pytest.mark.parametrize("state", in_every_state())
     def test_a_record_longer_than_any(self, state: str) -> None:
         """Nobody waits for it, or keeps it."""

@@ -11,7 +11,7 @@ from qkd_tls import control, kems
 from qkd_tls.association import Association, AssociationEnded
 from qkd_tls.control import RejectCode
 from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
-from qkd_tls.engine.hints import CLIENT_HINTS, REJECT_HINTS, with_hint
+from qkd_tls.engine.hints import CLIENT_HINTS, CLIENT_PSK_HINTS, REJECT_HINTS, with_hint
 from qkd_tls.engine.states import Event, FetchKeys, State
 from qkd_tls.errors import QKDProtocolError, QKDUnavailable
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
@@ -355,7 +355,9 @@ class ClientEngine(Engine):
                 + (f" ({self._fallback})" if self._fallback else ""),
                 hint="give this side a key manager that works; the server's policy is 'require'",
             )
-        return with_hint(error, CLIENT_HINTS.get(error.reason or "", ""))
+        hints = CLIENT_HINTS if self._psk is None else CLIENT_PSK_HINTS
+        hint = hints.get(error.reason or "", "")
+        return with_hint(error, hint.format(key_id=self._psk.key_id) if self._psk is not None else hint)
 
 
 def _named(name: str | None) -> str:

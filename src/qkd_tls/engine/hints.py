@@ -7,7 +7,7 @@ from typing import Final
 
 from qkd_tls.control import RejectCode
 
-__all__ = ["CLIENT_HINTS", "REJECT_HINTS", "SERVER_HINTS", "with_hint"]
+__all__ = ["CLIENT_HINTS", "CLIENT_PSK_HINTS", "REJECT_HINTS", "SERVER_HINTS", "with_hint"]
 
 
 def with_hint(error: ssl.SSLError, hint: str) -> ssl.SSLError:
@@ -61,4 +61,17 @@ CLIENT_HINTS: Final = {
     "WRONG_VERSION_NUMBER": "the server does not speak TLS on this port",
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server requires a client certificate: load_cert_chain()",
     "TLSV1_ALERT_UNKNOWN_CA": "the server does not trust the CA of our certificate",
+}
+
+# What other TLS stacks answer to a ClientHello with the PSK of a key.
+CLIENT_PSK_HINTS: Final = {
+    **CLIENT_HINTS,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": (
+        "the server refused the handshake with QKD key {key_id}: it may lack X25519MLKEM768 (a classical group has to "
+        "be added by name), or its PSKs may be for another hash (kdf)"
+    ),
+    "SSLV3_ALERT_ILLEGAL_PARAMETER": (
+        "some TLS stacks say so where the two sides hold different keys, here for key ID {key_id}: check that the KMEs "
+        "of both sites belong to one link and are in step"
+    ),
 }
