@@ -225,10 +225,17 @@ class Middle:
                 seen.append(record)
                 sink.sendall(self.change(sender, number, record))
             sink.shutdown(socket.SHUT_WR)
-        except (Cut, OSError):
+        except Cut:
             for sock in (source, sink):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # The receiver has gone; what it said last is on its way in the other direction.
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                while source.recv(1 << 16):
+                    pass
 
 
 class Echo:
