@@ -134,14 +134,16 @@ class Alice(Party):
         self.figures.optics |= described(self._line.optics)
 
     def _frame_pulses(self) -> int:
-        """Pulses in a frame: few enough for a few frames to fill a block."""
+        """Pulses in a frame: a part of a block for the optics and the rest to go on at the same time."""
         optics, source = self._line.optics, self.settings.source
         mean = float(np.dot(source.intensities, source.probabilities))
         expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
         block = self.settings.block_bits / max(expected, 1e-12)
-        pulses = block / _FRAMES_PER_BLOCK
         if self._paced:
-            pulses = min(pulses, max(_FRAME_SECONDS * source.pulse_rate, block / _MOST_FRAMES))
+            longest = max(_FRAME_SECONDS * source.pulse_rate, block / _MOST_FRAMES)
+            pulses = min(block / _FRAMES_PER_BLOCK, longest)
+        else:
+            pulses = 1.1 * block
         return max(1, int(min(pulses, MAXIMUM_PULSES)))
 
     async def _transmit(self, frames: _Frames, send_photons: _SendPhotons) -> None:

@@ -15,7 +15,7 @@ from link_processes import Link, Pairs, SideProcess, running_link, wait_until
 
 from kms_client import KMSError
 
-ROUNDS = 8
+ROUNDS = 6
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_sides_are_killed_at_any_moment(link: Link) -> None:
             side = chance.choice([link.a, link.b])
             side.kill()
             side.start()
-        pairs.wait_for_new(100)
+        pairs.wait_for_new(40)
     finally:
         pairs.stop()
     compare(pairs)
@@ -64,11 +64,11 @@ def test_connections_torn_at_any_moment_lose_no_key(link: Link) -> None:
     pairs = Pairs(link)
     chance = random.Random(2027)
     try:
-        for _ in range(12):
+        for _ in range(8):
             pairs.wait_for_new(20)
             link.cable.tear()
             time.sleep(chance.uniform(0, 0.5))
-        pairs.wait_for_new(100)
+        pairs.wait_for_new(40)
     finally:
         pairs.stop()
     compare(pairs)

@@ -98,7 +98,7 @@ def test_an_eavesdropper_who_goes_away_is_over(link: MemoryLink) -> None:
 
 def test_more_errors_in_the_key_basis_than_in_the_check_basis_are_noticed(link: MemoryLink) -> None:
     def alter(kind: Kind, data: bytes, last: bool) -> bytes:
-        return struct.pack(">BI", Kind.DONE, 1000) if kind == Kind.DONE else data
+        return struct.pack(">BI", Kind.DONE, 5000) if kind == Kind.DONE else data
 
     link.run(both(link, 0, 1), altering(bob=alter))
     assert link.figures["a"].aborted == link.figures["b"].aborted == {Reason.QBER.text: 1}
