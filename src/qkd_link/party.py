@@ -146,6 +146,9 @@ class SecretKey(NamedTuple):
     key_id: str
     secret: bytearray
 
+    def __repr__(self) -> str:
+        return f"<SecretKey {self.key_id}>"
+
 
 class BlockKeys(NamedTuple):
     """The keys of a block."""

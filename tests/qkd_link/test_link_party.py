@@ -11,7 +11,7 @@ import pytest
 from link_memory import Cut, MemoryConversation, MemoryLink
 
 from qkd_link.authentication.errors import ReserveEmpty
-from qkd_link.party import Kind, LinkError, Reason, Settings, key_id
+from qkd_link.party import Kind, LinkError, Reason, SecretKey, Settings, key_id
 from qkd_link.photonics.parameters import DEFAULT
 from qkd_link.postprocessing.finite_key import Security
 from qkd_link.postprocessing.verification import CHALLENGE_BYTES
@@ -324,3 +324,7 @@ def test_key_ids_differ_and_are_the_same_again() -> None:
     }
     assert len(ids) == 200
     assert key_id(b"a" * 16, 1, 2) == key_id(b"a" * 16, 1, 2)
+
+
+def test_no_repr_shows_a_key() -> None:
+    assert repr([SecretKey("an-id", bytearray(b"secret"))]) == "[<SecretKey an-id>]"

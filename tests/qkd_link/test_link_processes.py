@@ -192,6 +192,26 @@ def test_a_side_that_starts_again_is_bound_to_what_both_knew(pki: DemoPKI) -> No
     run(test)
 
 
+def test_a_full_store_pauses_production(pki: DemoPKI) -> None:
+    async def test() -> None:
+        async with running(pki, buffer=64) as sides:
+            await until(lambda: sides.a.figures.state == "full")
+            await until(sides.agree)
+            a, b = (side.figures.snapshot() for side in (sides.a, sides.b))
+            assert a["keys"] == b["keys"]
+            assert a["keys"]["for_a"] == a["keys"]["for_b"] == 64
+            assert a["keys"]["discarded"] > 0
+            client = sides.client("a")
+            assert (await asyncio.to_thread(client.status, "SAE-B")).stored_key_count == 64
+            for key in await asyncio.to_thread(client.get_keys, "SAE-B", 10):
+                key.wipe()
+            client.close()
+            await sides.more_blocks()
+            assert sides.a.store.available_count == 64
+
+    run(test)
+
+
 @pytest.mark.parametrize("rebootstrap", [False, True])
 def test_a_side_that_has_lost_its_anchor_needs_the_operator(pki: DemoPKI, rebootstrap: bool) -> None:
     async def test() -> None:
