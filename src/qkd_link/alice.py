@@ -30,6 +30,7 @@ from .party import (
     Sink,
     inline,
 )
+from .photonics.analytic import live_share
 from .photonics.line import MAXIMUM_PULSES, Line, Photons, Sent
 from .photonics.parameters import Fibre, Optics
 from .postprocessing.amplification import amplify, seed_length
@@ -138,6 +139,7 @@ class Alice(Party):
         optics, source = self._line.optics, self.settings.source
         mean = float(np.dot(source.intensities, source.probabilities))
         expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
+        expected *= live_share(optics)
         block = self.settings.block_bits / max(expected, 1e-12)
         if self._paced:
             longest = max(_FRAME_SECONDS * source.pulse_rate, block / _MOST_FRAMES)

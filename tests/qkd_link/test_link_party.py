@@ -16,8 +16,13 @@ from qkd_link.photonics.parameters import DEFAULT
 from qkd_link.postprocessing.finite_key import Security
 from qkd_link.postprocessing.verification import CHALLENGE_BYTES
 
-# Small blocks that still give keys: more check bits, and hardly any demand on the proof's certainty.
-OPTICS = replace(DEFAULT, source=replace(DEFAULT.source, key_basis=0.5))
+# Small blocks that still give keys: more check bits, and hardly any demand on the proof's certainty. A dead time takes
+# most of the computing.
+OPTICS = replace(
+    DEFAULT,
+    source=replace(DEFAULT.source, key_basis=0.5),
+    detector=replace(DEFAULT.detector, dead_time=0),
+)
 SMALL = Settings(source=OPTICS.source, block_bits=10_000, security=Security(0.5, 0.5), reserve=8)
 
 
