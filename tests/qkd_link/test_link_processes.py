@@ -19,7 +19,7 @@ from link_processes import BLOCK, SideProcess
 
 from kms_client import Etsi014Client
 from kms_client.cli import main
-from kms_client.emulator import DemoPKI, ensure_demo_pki, qkd_channel, qkd_side, qkd_wire
+from kms_client.emulator import Delivery, DemoPKI, ensure_demo_pki, qkd_channel, qkd_side, qkd_wire
 from kms_client.emulator.qkd_channel import AnchorFile
 from kms_client.emulator.qkd_side import QKDSide
 from qkd_link.authentication.reserve import ANCHOR_BYTES
@@ -51,6 +51,10 @@ class Sides:
         self.a = QKDSide("a", pki, SETTINGS, DEFAULT, **self.settings)
         self.b = QKDSide("b", pki, SETTINGS, DEFAULT, **self.settings)
         self.ports = 0, 0
+
+    async def wait_for(self, text: str) -> None:
+        """Until one of the sides has an event with this text."""
+        await until(lambda: text in str([figures["events"] for figures in self.figures]))
 
     async def start_b(self) -> None:
         await self.b.start(HOST, 0)
@@ -138,7 +142,7 @@ def test_the_kme_answers_at_once_while_blocks_are_made(pki: DemoPKI) -> None:
             client = sides.client("a")
             slowest = 0.0
             kept = sides.a.figures.kept
-            while sides.a.figures.kept < kept + 4:
+            while sides.a.figures.kept < kept + 2:
                 begin = time.monotonic()
                 status = await asyncio.to_thread(client.status, "SAE-B")
                 slowest = max(slowest, time.monotonic() - begin)
@@ -151,7 +155,8 @@ def test_the_kme_answers_at_once_while_blocks_are_made(pki: DemoPKI) -> None:
 
 def test_the_switches_act_and_are_told(pki: DemoPKI) -> None:
     async def test() -> None:
-        async with running(pki) as sides:
+        seen: list[Delivery] = []
+        async with running(pki, on_delivery=seen.append) as sides:
             sides.a.controls.change({"intercept": 1, "length_km": 10})
             await until(lambda: sides.a.figures.aborted.total() >= 2)
             for figures in sides.figures:
@@ -172,6 +177,7 @@ def test_the_switches_act_and_are_told(pki: DemoPKI) -> None:
             await sides.more_blocks()
             [delivered] = sides.a.figures.snapshot()["deliveries"]
             assert (delivered["sae_id"], delivered["role"]) == ("SAE-A", "master")
+            assert seen == [Delivery(delivered["key_id"], "SAE-A", "master")]
             texts = [event["text"] for event in sides.a.figures.snapshot()["events"]]
             assert "switch paused: True" in texts
             json.dumps(sides.figures)
@@ -188,6 +194,59 @@ def test_a_side_that_starts_again_is_bound_to_what_both_knew(pki: DemoPKI) -> No
             texts = [event["text"] for event in sides.b.figures.snapshot()["events"]]
             assert any("bound to the keys made before" in text for text in texts)
             await until(sides.agree)
+
+    run(test)
+
+
+def test_a_shared_secret_instead_of_certificates(pki: DemoPKI) -> None:
+    async def test() -> None:
+        async with running(pki, secret=b"S" * 32) as sides:
+            await sides.wait_for("bootstrap by pre-shared secret")
+            for side in "ab":
+                (pki.directory / f"link-{side}.anchor").unlink()
+            await sides.a.stop()
+            other = Sides(pki, secret=b"S" * 32)
+            other.b = QKDSide("b", pki, SETTINGS, DEFAULT, secret=b"T" * 32)
+            await other.a.start(HOST, 0)
+            other.ports = await other.a.listen(HOST)
+            await other.start_b()
+            await other.wait_for("do both sides have the same secret?")
+            assert other.a.figures.kept == 0
+            await other.b.stop()
+            await other.a.stop()
+
+    run(test)
+
+
+def test_a_fault_of_the_program_is_not_hidden(
+    pki: DemoPKI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with running(pki) as sides:
+
+            def fail(*_: object) -> None:
+                monkeypatch.undo()
+                raise ZeroDivisionError
+
+            monkeypatch.setattr("qkd_link.alice.reply", fail)
+            await sides.wait_for("a fault of this program: ZeroDivisionError")
+            await sides.more_blocks()
+
+    run(test)
+    assert "a session ended by a fault of this program" in caplog.text
+
+
+def test_a_second_session_ends_the_first(pki: DemoPKI) -> None:
+    async def test() -> None:
+        async with running(pki) as sides:
+            first = sides.a._session
+            channels = [await qkd_wire.connect(HOST, sides.ports[1]) for _ in range(3)]
+            await until(lambda: sides.a._session is not first)
+            assert first is not None
+            await until(first.done)
+            for each in channels:
+                each.abort()
+            await sides.more_blocks()
 
     run(test)
 
