@@ -100,9 +100,15 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="error rate above which a block is thrown away; default 0.08",
     )
     qkd.add_argument(
+        "--shared-secret",
+        type=Path,
+        metavar="FILE",
+        help="32 random bytes or more, the same on both sides, to know each other by at first instead of certificates",
+    )
+    qkd.add_argument(
         "--rebootstrap",
         action="store_true",
-        help="let the other side start anew with its certificate alone when it has lost the keys of the link",
+        help="let the other side start anew when it has lost the keys of the link",
     )
     qkd.add_argument("--page-port", type=int, help="serve a page to watch it on loopback; 0 for a free port")
     qkd.set_defaults(run=_run_link)
@@ -193,6 +199,7 @@ def _run_link(arguments: argparse.Namespace, stack: ExitStack) -> None:
     )
     optics = replace(DEFAULT, fibre=replace(DEFAULT.fibre, length=arguments.length))
     record = _recorder(arguments, stack)
+    secret = None if arguments.shared_secret is None else arguments.shared_secret.read_bytes()
     sides = [
         QKDSide(
             side,
@@ -202,6 +209,7 @@ def _run_link(arguments: argparse.Namespace, stack: ExitStack) -> None:
             buffer=arguments.buffer,
             local_slaves=arguments.local_slaves,
             on_delivery=record,
+            secret=secret,
             rebootstrap=arguments.rebootstrap,
         )
         for side in SIDES

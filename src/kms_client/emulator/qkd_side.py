@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 import numpy as np
 
 from qkd_link.alice import Alice, described
+from qkd_link.authentication.authenticators import SharedSecret
 from qkd_link.authentication.errors import AuthenticationFailed, ChannelError
 from qkd_link.authentication.reserve import Direction
 from qkd_link.authentication.session import Rebootstrap
@@ -116,7 +117,8 @@ class QKDSide:
         buffer: keys stored of each direction.
         local_slaves: see `KME`.
         on_delivery: called with every delivery.
-        rebootstrap: whether a peer that has lost the keys of the link may start anew with its certificate alone.
+        secret: shared by both sides, which know each other by it at first instead of by the KMEs' certificates.
+        rebootstrap: whether a peer that has lost the keys of the link may start anew without them.
         paced: whether pulses are sent no faster than the source's rate.
     """
 
@@ -130,6 +132,7 @@ class QKDSide:
         buffer: int = 2000,
         local_slaves: bool = False,
         on_delivery: Callable[[Delivery], None] | None = None,
+        secret: bytes | None = None,
         rebootstrap: bool = False,
         paced: bool = True,
     ) -> None:
@@ -153,7 +156,7 @@ class QKDSide:
         self._authentication = Authentication(
             Direction.A_TO_B if is_a else Direction.B_TO_A,
             f"{KME_ID_A} {KME_ID_B}",
-            certificates(cert, key, pki.kms_ca, peer_kme_id),
+            certificates(cert, key, pki.kms_ca, peer_kme_id) if secret is None else SharedSecret(secret),
             AnchorFile(pki.directory / f"link-{side}.anchor").reserve(),
             target=settings.reserve,
             rebootstrap=Rebootstrap.ALLOWED if rebootstrap else Rebootstrap.FORBIDDEN,
@@ -262,13 +265,17 @@ class QKDSide:
         session = self._session = asyncio.create_task(self._talk(channels))
         try:
             await asyncio.wait((session,))
+            if not session.cancelled() and (error := session.exception()) is not None:
+                self.figures.set_state("down", f"a fault of this program: {type(error).__name__}")
+                _log.error("a session ended by a fault of this program", exc_info=error)
         finally:
             session.cancel()
             await asyncio.wait((session,))
             channels.abort()
 
     async def _end_session(self) -> None:
-        if self._session is not None:
+        # Another one may have begun meanwhile.
+        while self._session is not None and not self._session.done():
             self._session.cancel()
             await asyncio.wait((self._session,))
 
