@@ -21,10 +21,11 @@ X25519, ML_KEM = "X25519", "ML-KEM-768"
 
 @dataclass
 class Recording:
-    """The bytes of one connection, each direction."""
+    """The bytes of one connection, each direction; `pieces` has them with their sender, in the order they came."""
 
     client: bytes = field(default=b"", repr=False)
     server: bytes = field(default=b"", repr=False)
+    pieces: list[tuple[str, bytes]] = field(default_factory=list, repr=False)
 
     def handshakes(self) -> list[Recording]:
         """One recording for each TLS connection on the transport: a hello is in the clear, and begins one."""

@@ -36,6 +36,10 @@ class RecordingProxy:
         self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
         self._acceptor.join()
         self._listening.close()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the connections that there are have ended, and all is recorded."""
         for thread in self._threads:
             thread.join()
 
@@ -64,7 +68,11 @@ class RecordingProxy:
     def _copy(source: socket.socket, sink: socket.socket, recording: Recording, side: str) -> None:
         try:
             while data := source.recv(1 << 16):
-                setattr(recording, side, getattr(recording, side) + data)
+                recording.pieces.append((side, data))
+                if side == "client":
+                    recording.client += data
+                else:
+                    recording.server += data
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
