@@ -11,7 +11,8 @@ from .controls import Controls
 
 __all__ = ["Block", "Figures"]
 
-_WINDOW: Final = 10.0  # seconds that rates are averaged over
+_WINDOW: Final = 10.0  # seconds that rates are averaged over, at least
+_BLOCKS: Final = 2  # and so many blocks
 _POINTS: Final = 300  # of the history, one a second
 _DELIVERIES: Final = 100
 _EVENTS: Final = 200
@@ -79,7 +80,8 @@ class Figures:
         self._capacity = capacity
         self._names = names or {}
         self._clock = clock
-        self._since = clock()
+        self._since = self._ended = clock()
+        self._window = _WINDOW
         self._state_since = self._since
         self._progress: tuple[int, int] = (0, 0)
         self._recent: deque[tuple[float, int, int]] = deque()  # time, sifted bits, secret bits
@@ -113,6 +115,9 @@ class Figures:
     def block(self, block: Block) -> None:
         """A block is done with."""
         self.last = block
+        now = self._clock()
+        self._window = max(_WINDOW, _BLOCKS * (now - self._ended))
+        self._ended = now
         self._progress = (0, self._progress[1])
         if block.reason:
             self.aborted[block.reason] += 1
@@ -203,12 +208,12 @@ class Figures:
         self._recent.append((self._clock(), sifted, secret))
 
     def _rates(self) -> tuple[float, float]:
-        """Sifted and secret bits a second, over the last seconds."""
+        """Sifted and secret bits a second, over the last seconds, or blocks where these are slow."""
         now = self._clock()
-        while self._recent and self._recent[0][0] <= now - _WINDOW:
+        while self._recent and self._recent[0][0] <= now - self._window:
             self._recent.popleft()
         # In the first seconds there is less to average over.
-        seconds = min(_WINDOW, max(now - self._since, 1.0))
+        seconds = min(self._window, max(now - self._since, 1.0))
         sifted = sum(point[1] for point in self._recent) / seconds
         secret = sum(point[2] for point in self._recent) / seconds
         return sifted, secret

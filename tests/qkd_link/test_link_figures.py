@@ -33,6 +33,7 @@ def test_rates_are_of_the_last_ten_seconds() -> None:
     clock = Clock()
     figures = Figures("b", clock=clock)
     clock.now += 100
+    figures.block(KEPT._replace(secret=0, reason="QBER"))
     figures.sifted(2000, 2000, 4000)
     figures.block(KEPT)
     clock.now += 9
@@ -42,6 +43,19 @@ def test_rates_are_of_the_last_ten_seconds() -> None:
     snapshot = figures.snapshot()
     assert (snapshot["sifted_bit_s"], snapshot["secret_bit_s"]) == (0, 0)
     assert (snapshot["sifted_bits"], snapshot["secret_bits"]) == (2000, 500)
+
+
+def test_slow_blocks_are_averaged_over_two_of_them() -> None:
+    clock = Clock()
+    figures = Figures("a", clock=clock)
+    for _ in range(5):
+        clock.now += 100
+        figures.sifted(1000, 1000, 1000)
+        figures.block(KEPT)
+    for _ in range(9):
+        clock.now += 10
+        snapshot = figures.snapshot()
+        assert (snapshot["sifted_bit_s"], snapshot["secret_bit_s"]) == (10, 5)
 
 
 def test_a_link_that_has_just_begun_is_averaged_over_what_there_is() -> None:
