@@ -28,6 +28,8 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/key_pool.py
 	$(BIN)/python benchmarks/tunnel.py
+	$(BIN)/python benchmarks/post_processing.py
+	$(BIN)/python benchmarks/link_rate.py
 
 clean:
 	rm -rf $(VENV) node_modules build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
