@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from link_session_support import PKI, A, B, Pair, middle, secrets, started
 
@@ -63,48 +61,53 @@ def test_middle_at_the_start(phase: str, attack: str, frame: int, side: Directio
     assert pair.sessions[side.opposite].channel is None
 
 
+@pytest.mark.parametrize("side", [A, B])
 @pytest.mark.parametrize("phase", ["signatures", "one-time", "dry"])
-def test_cut_at_every_offset(phase: str) -> None:
+def test_cut_at_every_offset(phase: str, side: Direction) -> None:
     """Wherever a start is cut, the next one works, and no one-time key is ever used for two tags."""
-    pair = started("one-time")
-    if phase == "signatures":
-        pair = started("signatures")
-    tagged: dict[bytes, int] = {}
-    takes = KeyReserve.take
+    pair = started("signatures" if phase == "signatures" else "one-time")
+    if phase == "dry":
+        pair.bootstrap = secrets()
+        pair.reserves[side].truncate(A, 0)
+    tagged: list[bytes] = []
+    take = KeyReserve.take
 
     def noted(self: KeyReserve, direction: Direction, number: int | None = None) -> bytes:
-        key = takes(self, direction, number)
+        key = take(self, direction, number)
         if self is pair.reserves[direction]:  # the sender of this direction
-            tagged[key] = tagged.get(key, 0) + 1
+            tagged.append(key)
         return key
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeyReserve, "take", noted)
-        for side, allowed in itertools.product((A, B), range(4000)):
-            if phase == "dry":
-                pair.reserves[side].truncate(A, 0)
-            else:
-                missing = 0 if phase == "signatures" else max(0, 30 - min(r.level for r in pair.reserves))
-                if missing:
-                    pair.fill((missing, missing))
-            left = allowed
-            sent_all = True
-
-            def cut(data: bytes) -> bytes:
-                nonlocal left, sent_all
-                sent_all = sent_all and len(data) <= left
-                passed, left = data[:left], max(0, left - len(data))
-                return passed
-
+        cut = Cut(0)
+        while cut.cuts:
+            cut = Cut(cut.length + 1)
+            if phase == "one-time" and pair.reserves[A].level < 30:
+                pair.fill((30, 30))
             pair.connect([cut, bytes] if side is A else [bytes, cut])
             pair.connect()
             pair.say(A)
             pair.say(B)
-            if sent_all:
-                break
-        else:
-            pytest.fail("no start was whole")
-    assert set(tagged.values()) <= {1}
+            expected = {"signatures": Mode.BOOTSTRAP, "one-time": Mode.RESUME, "dry": Mode.BOUND}[phase]
+            assert modes(pair) == {expected}
+    assert cut.length > 150
+    assert len(tagged) == len(set(tagged))
+    assert (len(tagged) > 4 * cut.length) is (phase == "one-time")
+
+
+class Cut:
+    """A wire that lets `length` bytes through, then nothing."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.cuts = length == 0
+        self._left = length
+
+    def __call__(self, data: bytes) -> bytes:
+        self.cuts = self.cuts or len(data) > self._left
+        passed, self._left = data[: self._left], max(0, self._left - len(data))
+        return passed
 
 
 class TestThief:
@@ -140,7 +143,7 @@ class TestThief:
         name = session._anchor_id()
         thief._anchor_id = lambda: name  # type: ignore[method-assign]
         hello = session.start()
-        proof = session.receive_data(thief.start() + thief.receive_data(hello) if False else thief.start())
+        proof = session.receive_data(thief.start())
         assert session.mode is Mode.BOUND
         with pytest.raises(AuthenticationFailed, match="earlier key of the link"):
             session.receive_data(thief.receive_data(hello))

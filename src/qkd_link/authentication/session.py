@@ -214,10 +214,7 @@ class Session:
         text = self._text(self._sends)
         if self.mode is Mode.RESUME:
             self._event("both sides have one-time keys: the session is resumed with them")
-            try:
-                key = self._reserve.take(self._sends, self._indices[self._sends])
-            except ReserveEmpty as error:
-                raise self._failed(str(error)) from None
+            key = self._reserve.take(self._sends, self._indices[self._sends])
             return _frame(one_time_tag(key, text))
         self._authenticator = self._bootstrap
         if self.mode is Mode.BOUND:
