@@ -422,7 +422,8 @@ class Python(Stack):
     @staticmethod
     def _binary() -> str:
         path = os.environ.get("QKD_TLS_PYTHON313") or shutil.which("python3.13")
-        if not path:
+        # What is on the path may be a launcher for versions that are not there.
+        if not path or subprocess.run([path, "-V"], capture_output=True, check=False).returncode:
             raise Missing("no Python 3.13: set QKD_TLS_PYTHON313 to its interpreter")
         return path
 

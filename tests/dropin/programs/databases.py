@@ -131,7 +131,8 @@ class RedisDirect(RedisTunnelled):
             def _wrap_socket_with_ssl(self, sock: socket.socket) -> Any:
                 return ends.note(ends.client.wrap_socket(sock, server_hostname=self.host))
 
-        return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=HybridConnection, **common))
+        # A client that is given its pool this way closes it, too.
+        return redis.Redis.from_pool(redis.ConnectionPool(connection_class=HybridConnection, **common))
 
     def scripted(self, end: Callable[[Any], None]) -> object:
         def serve(raw: socket.socket) -> None:
