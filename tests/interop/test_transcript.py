@@ -9,19 +9,22 @@ from __future__ import annotations
 import ast
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
-from rndl import wire  # type: ignore[import-not-found,unused-ignore]
-from rndl.eavesdropper import ML_KEM, X25519, Eavesdropper, FutureComputer, Opened, Recording  # type: ignore[import-not-found,unused-ignore]
-from rndl.handshake import Forged, Handshake, binder_fits  # type: ignore[import-not-found,unused-ignore]
-from rndl.hybrid import EXPORTER_LABEL, Association, identity_parts, read_frames  # type: ignore[import-not-found,unused-ignore]
+from rndl import wire
+from rndl.eavesdropper import ML_KEM, X25519, Eavesdropper, FutureComputer, Opened, Recording
+from rndl.handshake import Forged, Handshake, binder_fits
+from rndl.hybrid import EXPORTER_LABEL, Association, identity_parts, read_frames
+from rndl.tls13 import CannotDecrypt
 from socket_support import Lab
 from transcript_support import EXAMPLES, QUESTION, Conversation, Site, site
 
@@ -54,6 +57,56 @@ def check_against_the_key_log(our_site: Site, opened: Opened) -> None:
     logged = our_site.logged(opened.handshake.client_hello.random)
     assert sorted(logged) == sorted(ALL_SECRETS)
     assert logged == opened.handshake.schedule.secrets
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a connection's hybrid handshake comes from, beside its bytes on the wire. `exported` is H."""
+
+    conversation: Conversation
+    exported: bytes
+    qkd_key: bytes
+    ml_kem: bytes
+    x25519: bytes
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Inputs:
+        assert conversation.client.bootstrap is not None
+        exported = conversation.client.bootstrap.handshake.schedule.export(EXPORTER_LABEL, b"", 48)
+        (share,) = conversation.client.hybrid.handshake.server_hello.key_shares.values()
+        shared = conversation.client.hybrid.ephemeral.shared_secret(share)
+        return cls(conversation, exported, conversation.key.secret, shared[:32], shared[32:])
+
+    @property
+    def streams(self) -> Recording:
+        return self.conversation.recording.handshakes()[-1]
+
+    @property
+    def psk(self) -> bytes:
+        offered = wire.parse_client_hello(inbound(self.streams.client).message()).psk
+        assert offered is not None
+        return Association.made(self.exported, "SAE-A", "SAE-B").psk(offered.identity, self.qkd_key)
+
+    def binder_fits(self) -> bool:
+        return binder_fits(inbound(self.streams.client).message(), self.psk)
+
+    def begin(self) -> Handshake:
+        hellos = (inbound(stream).message() for stream in (self.streams.client, self.streams.server))
+        return Handshake(*hellos, shared_secret=self.ml_kem + self.x25519, psk=self.psk)
+
+    def read(self) -> tuple[bytes, bytes]:
+        """The data of the client, and of the server."""
+        handshake, client, server = self.begin(), inbound(self.streams.client), inbound(self.streams.server)
+        client.message()
+        server.message()
+        handshake.read_server_flight(server)
+        handshake.read_client_flight(client)
+        return client.all_data(), server.all_data()
+
+    def with_one_bit_changed(self, name: str, bit: int) -> Inputs:
+        value = int.from_bytes(getattr(self, name), "big") ^ (1 << bit)
+        changed: dict[str, Any] = {name: value.to_bytes(len(getattr(self, name)), "big")}
+        return replace(self, **changed)
 
 
 def check_hybrid(conversation: Conversation, hybrid: Opened, association: Association) -> None:
@@ -146,6 +199,34 @@ def test_each_secret_and_each_byte_of_the_hellos_is_needed(our_site: Site) -> No
         assert closed(changed, (X25519, ML_KEM), [key], False)[0] == "changed"
 
 
+def test_one_bit_of_any_secret_decides(our_site: Site) -> None:
+    inputs = Inputs.of(our_site.talk())
+    assert inputs.binder_fits()
+    assert inputs.read() == (QUESTION, QUESTION)
+    for name in ("exported", "qkd_key", "ml_kem", "x25519"):
+        for bit in (0, 8 * len(getattr(inputs, name)) - 1):
+            changed = inputs.with_one_bit_changed(name, bit)
+            # The binder is made with the PSK alone, before there is a shared secret.
+            assert changed.binder_fits() == (name in {"ml_kem", "x25519"}), (name, bit)
+            with pytest.raises(CannotDecrypt):
+                changed.read()
+
+
+def test_with_a_psk_of_sha256(our_site: Site) -> None:
+    """An associated connection whose KDF and cipher suite are those of SHA-256."""
+    association = our_site.talk().client.association
+    conversation = our_site.talk_with_sha256(association)
+    (hybrid,) = conversation.opened(associations=(association,))
+    check_against_the_key_log(our_site, hybrid)
+    qkd, handshake = info(conversation), hybrid.handshake
+    assert (qkd.cipher, qkd.key_id) == ("TLS_AES_128_GCM_SHA256", conversation.key.key_id)
+    assert (handshake.suite.name, handshake.psk_taken) == (qkd.cipher, True)
+    assert handshake.client_hello.psk is not None
+    assert len(handshake.client_hello.psk.binder) == 32
+    assert identity_parts(handshake.client_hello.psk.identity) == ("sha256", association.id, qkd.key_id)
+    assert (hybrid.client_data, hybrid.server_data) == (QUESTION, QUESTION)
+
+
 def test_a_signature_that_does_not_fit_the_transcript_is_refused(our_site: Site) -> None:
     handshake: Handshake = our_site.talk().opened()[0].handshake
     with pytest.raises(Forged, match="CertificateVerify"):
@@ -158,17 +239,7 @@ def test_a_finished_that_does_not_fit_the_transcript_is_refused(our_site: Site) 
     """A flight of the same handshake whose Finished was changed by somebody who has the keys."""
     conversation = our_site.talk()
     hybrid = conversation.opened()[1].handshake
-    assert hybrid.client_hello.psk is not None
-    identity = hybrid.client_hello.psk.identity
-    hellos = [
-        inbound(getattr(conversation.recording.handshakes()[1], side)).message()
-        for side in ("client", "server")
-    ]
-    shared = conversation.client.hybrid.ephemeral.shared_secret(
-        next(iter(hybrid.server_hello.key_shares.values()))
-    )
-    psk = conversation.client.association.psk(identity, conversation.key.secret)
-    again = Handshake(*hellos, shared_secret=shared, psk=psk)
+    again = Inputs.of(conversation).begin()
     assert again.schedule.secrets.items() <= hybrid.schedule.secrets.items()
     keys = again.keys("SERVER_HANDSHAKE_TRAFFIC_SECRET")
     forged = keys.seal(wire.HANDSHAKE, wire.handshake_message(wire.FINISHED, bytes(48)))
@@ -201,3 +272,15 @@ def test_the_independent_code_imports_nothing_of_ours(module: Path) -> None:
             continue
         for name in names:
             assert name.partition(".")[0] in {*sys.stdlib_module_names, "cryptography"}
+
+
+def test_an_interpreter_that_runs_the_independent_code_has_loaded_nothing_of_ours() -> None:
+    modules = [f"rndl.{path.stem}" for path in sorted((EXAMPLES / "rndl").glob("[!_]*.py"))]
+    program = f"import sys, {', '.join(modules)}; print(*sys.modules, sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=EXAMPLES, capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert loaded >= set(modules)
+    ours = ("qkd_tls", "qkd_link", "kms_client", "OpenSSL")
+    assert [name for name in loaded if name.partition(".")[0] in ours] == []

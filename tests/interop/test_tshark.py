@@ -6,17 +6,18 @@ Client and server are ours; what their connections put on the wire is written in
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from rndl.recorder import RecordingProxy  # type: ignore[import-not-found,unused-ignore]
+from rndl.recorder import RecordingProxy
 from socket_support import Lab, Server, connect, talk
 from transcript_pcap import PORT, write_pcap
 
@@ -26,6 +27,8 @@ PRE_SHARED_KEY = "41"
 PSK_DHE_KE = "1"
 CLIENT_HELLO, SERVER_HELLO = "1", "2"
 MESSAGE = b"read by a dissector"
+# Beyond 0x200000 ("chat", such as the begin of a connection) are notes, warnings and errors.
+WRONG = "_ws.malformed || _ws.unreassembled || _ws.expert.severity > 0x200000"
 
 
 @functools.cache
@@ -39,6 +42,7 @@ def tshark() -> str:
 class Capture:
     file: Path
     keylog: Path
+    pieces: list[tuple[str, bytes]] = field(default_factory=list, repr=False)
 
     def rows(self, *fields: str, only: str, keylog: bool = False) -> list[list[str]]:
         """These fields of the packets that the display filter lets through."""
@@ -57,8 +61,8 @@ class Capture:
         command += ["-o", "tcp.check_checksum:TRUE", "-o", "ip.check_checksum:TRUE"]
         if keylog:
             command += ["-o", f"tls.keylog_file:{self.keylog}"]
-        for field in fields:
-            command += ["-e", field]
+        for name in fields:
+            command += ["-e", name]
         run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return [line.split("\t") for line in run.stdout.splitlines()]
 
@@ -78,7 +82,7 @@ def captures(all_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         tap.wait()
     found = {}
     for name, recording in zip(("first", "associated"), tap.recordings, strict=True):
-        found[name] = Capture(directory / f"{name}.pcap", directory / "keys.log")
+        found[name] = Capture(directory / f"{name}.pcap", directory / "keys.log", recording.pieces)
         write_pcap(found[name].file, recording.pieces)
     return found
 
@@ -117,9 +121,7 @@ def test_tshark_sees_tls_13_with_a_psk_and_ml_kem(
 @pytest.mark.parametrize("name", ["first", "associated"])
 @pytest.mark.parametrize("keylog", [False, True], ids=["as on the wire", "decrypted"])
 def test_tshark_finds_nothing_wrong(captures: dict[str, Capture], name: str, keylog: bool) -> None:
-    # Beyond 0x200000 ("chat", such as the begin of a connection) are notes, warnings and errors.
-    wrong = "_ws.malformed || _ws.unreassembled || _ws.expert.severity > 0x200000"
-    assert captures[name].rows("frame.number", "_ws.expert.message", only=wrong, keylog=keylog) == []
+    assert captures[name].rows("frame.number", "_ws.expert.message", only=WRONG, keylog=keylog) == []
     assert len(captures[name].rows("frame.number", only="tls", keylog=keylog)) > 3
 
 
@@ -132,10 +134,34 @@ def test_with_the_key_log_tshark_reads_the_application_data(captures: dict[str, 
     assert data == [[MESSAGE.hex()]] * 2
 
 
-def test_a_broken_recording_is_seen_to_be_one(captures: dict[str, Capture], tmp_path: Path) -> None:
-    """The check above can fail: the group's share is one byte shorter than it says."""
-    packets = captures["associated"].file.read_bytes()
-    index = packets.index(b"\x11\xec\x04\xc0")
-    broken = Capture(tmp_path / "broken.pcap", tmp_path)
-    broken.file.write_bytes(packets[: index + 2] + b"\xff\xff" + packets[index + 4 :])
-    assert broken.rows("frame.number", only="_ws.malformed || _ws.expert.severity > 0x200000")
+def test_tshark_reads_identity_and_binder(captures: dict[str, Capture]) -> None:
+    """The identity is what docs/protocol.md says; one binder of SHA-384; the server takes the first identity."""
+    psk = "tls.handshake.extensions.psk."
+    ((identity, length),) = captures["associated"].rows(
+        f"{psk}identity.identity", f"{psk}binders_len", only=f"tls.handshake.type == {CLIENT_HELLO}"
+    )
+    text = bytes.fromhex(identity.replace(":", "")).decode()
+    assert re.fullmatch(r"qkd1\.sha384\.[\w-]{22}\.[\w-]{12}\.[0-9a-f-]{36}", text)
+    assert length == str(1 + 48)
+    only = f"tls.handshake.type == {SERVER_HELLO}"
+    assert captures["associated"].rows(f"{psk}identity.selected", only=only) == [["0"]]
+
+
+@pytest.mark.parametrize(
+    ("intact", "broken"),
+    [
+        (b"\x11\xec\x04\xc0", b"\x11\xec\xff\xff"),
+        (b"\x00\x2b\x00\x03\x02\x03\x04", b"\x00\x2b\x00\x03\x09\x03\x04"),
+    ],
+    ids=["the key share ends behind the message", "the list of versions ends behind its extension"],
+)
+def test_a_broken_recording_is_seen_to_be_one(
+    captures: dict[str, Capture], tmp_path: Path, intact: bytes, broken: bytes
+) -> None:
+    """The check above can fail."""
+    ((_, hello), *rest) = captures["associated"].pieces
+    assert hello.count(intact) == 1
+    changed = Capture(tmp_path / "broken.pcap", tmp_path, [("client", hello.replace(intact, broken)), *rest])
+    write_pcap(changed.file, changed.pieces)
+    assert changed.rows("frame.number", only=f"({WRONG}) && tls.handshake.type == {CLIENT_HELLO}")
+    assert not changed.rows("frame.number", only="tcp.checksum.status != 1 || ip.checksum.status != 1")

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from rndl.eavesdropper import ML_KEM, X25519, Eavesdropper, FutureComputer, Opened, Recording  # type: ignore[import-not-found,unused-ignore]
-from rndl.hybrid import Association  # type: ignore[import-not-found,unused-ignore]
-from rndl.recorder import RecordingProxy  # type: ignore[import-not-found,unused-ignore]
-from rndl.victim import HybridClient, QKDKeyMaterial, connect_hybrid  # type: ignore[import-not-found,unused-ignore]
+from rndl import wire
+from rndl.eavesdropper import ML_KEM, X25519, Eavesdropper, FutureComputer, Opened, Recording
+from rndl.hybrid import ALPN_NAME, Association
+from rndl.recorder import RecordingProxy
+from rndl.tls13 import KeySchedule
+from rndl.victim import Client, HybridClient, QKDKeyMaterial, connect_hybrid
 from socket_support import Lab, Seen, Server
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 QUESTION = b"what is the key of the vault?"
+
+
+class Sha256Client(Client):
+    """As a TLS stack that fixes the hash of external PSKs to SHA-256: the PSK is of that length."""
+
+    def _client_hello(self, group: int, alpn: Sequence[str]) -> bytes:
+        assert self._psk is not None
+        identity, psk = self._psk
+        hello = wire.client_hello(
+            random=os.urandom(32),
+            server_name=self._server_name,
+            alpn=alpn,
+            suites=[0x1301],  # TLS_AES_128_GCM_SHA256
+            group=group,
+            share=self.ephemeral.share,
+            psk_identity=identity,
+            binder_length=32,
+        )
+        offered = wire.parse_client_hello(hello).psk
+        assert offered is not None
+        return hello[:-32] + KeySchedule("sha256", psk).binder(hello[: offered.binder_offset])
 
 
 @dataclass
@@ -52,17 +76,40 @@ class Site:
 
     def talk(self, *, association: Association | None = None, pipelined: bool = False) -> Conversation:
         """A connection with a new QKD key, on which a message comes back."""
-        (delivered,) = self.lab.manager("client").get_keys("SAE-B")
-        with delivered.use() as secret:
-            key = QKDKeyMaterial(delivered.key_id, bytes(secret))
+        key = self._new_key()
         client = connect_hybrid(
-            socket.create_connection(self.tap.address, timeout=20),
+            self._transport(),
             key,
             server_name="localhost",
             ca=self.lab.ca.certificate,
             association=association,
             pipelined=pipelined,
         )
+        return self._exchange(client, key)
+
+    def talk_with_sha256(self, association: Association) -> Conversation:
+        """An associated connection whose PSK is of SHA-256."""
+        key = self._new_key()
+        identity = association.identity(key.key_id, "sha256")
+        client = Sha256Client(
+            self._transport(),
+            server_name="localhost",
+            ca=self.lab.ca.certificate,
+            alpn=(ALPN_NAME,),
+            psk=(identity, association.psk(identity, key.secret)),
+        )
+        client.connect()
+        return self._exchange(HybridClient(association, client), key)
+
+    def _transport(self) -> socket.socket:
+        return socket.create_connection(self.tap.address, timeout=20)
+
+    def _new_key(self) -> QKDKeyMaterial:
+        (delivered,) = self.lab.manager("client").get_keys("SAE-B")
+        with delivered.use() as secret:
+            return QKDKeyMaterial(delivered.key_id, bytes(secret))
+
+    def _exchange(self, client: HybridClient, key: QKDKeyMaterial) -> Conversation:
         client.hybrid.send(QUESTION)
         assert client.hybrid.receive() == QUESTION
         client.hybrid.close()
