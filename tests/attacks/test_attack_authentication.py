@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 from attack_support import Inventing, Site, attempt, hand_shake
-from socket_support import Authority
+from socket_support import Authority, Server
 
 from qkd_tls import QKDKeyMismatch, QKDUnavailable
 from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
@@ -71,15 +71,20 @@ class TestStoleTheCertificatesKey:
         assert site.requests == (3, 1)
 
     def test_says_that_he_has_no_qkd(self, site: Site) -> None:
-        mallory = site.serve(site.lab.server(policy="off"))
-        outcome = attempt(mallory.address, site.client(), mallory)
+        heard: list[bytes] = []
+        with Server(site.lab.server(policy="off"), lambda sock: heard.append(sock.recv(100))) as mallory:
+            outcome = attempt(mallory.address, site.client(), mallory)
+        assert b"".join(heard) == b""
         assert isinstance(outcome.client_error, QKDUnavailable)
         assert "does not speak qkd-tls/1" in str(outcome.client_error)
         assert site.requests == (0, 0)
 
     def test_rejects_the_keys(self, site: Site) -> None:
-        mallory = site.serve(site.lab.server(policy="prefer", allowed_peer_sae_ids={"nobody"}))
-        outcome = attempt(mallory.address, site.client(), mallory)
+        heard: list[bytes] = []
+        context = site.lab.server(policy="prefer", allowed_peer_sae_ids={"nobody"})
+        with Server(context, lambda sock: heard.append(sock.recv(100))) as mallory:
+            outcome = attempt(mallory.address, site.client(), mallory)
+        assert b"".join(heard) == b""
         assert isinstance(outcome.client_error, QKDUnavailable)
         assert outcome.client_error.code == "unknown_sae"
         assert site.requests == (1, 0)
@@ -186,6 +191,7 @@ class TestSelfie:
         assert isinstance(outcome.client_error, QKDUnavailable)
         assert isinstance(outcome.server_error, QKDUnavailable)
         assert outcome.client_error.code in ("unknown_sae", "unknown_key")
+        assert (len(site.kme_a.key_ids), len(site.kme_b.key_ids)) == (3, 1)
 
 
 def test_a_handshake_of_tls_by_itself_gives_no_way_to_data(site: Site) -> None:

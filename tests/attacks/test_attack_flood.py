@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import time
 
 import pytest
 from attack_support import Site, attempt
+from socket_support import tcp_pair
 
 from qkd_tls import QKDUnavailable
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "reason"),
     [
-        b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(0x4000),
-        (b"\x16\x03\x01\x00\x01\x01" + b"\x16\x03\x01\x00\x01\x00" * 60_000)[:200_000],
-        b"\x17\x03\x03\xff\xff" + bytes(200_000),
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"\x00" * 100_000,
+        (b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(0x4000), "EXCESSIVE_MESSAGE_SIZE"),
+        (
+            (b"\x16\x03\x01\x00\x01\x01" + b"\x16\x03\x01\x00\x01\x00" * 60_000)[:200_000],
+            "LENGTH_TOO_SHORT",
+        ),
+        (b"\x17\x03\x03\xff\xff" + bytes(200_000), "DATA_LENGTH_TOO_LONG"),
+        (b"GET / HTTP/1.1\r\n\r\n", "HTTP_REQUEST"),
+        (b"\x00" * 100_000, "WRONG_VERSION_NUMBER"),
     ],
     ids=["huge ClientHello", "a byte a record", "application data", "HTTP", "zeros"],
 )
-def test_garbage(site: Site, data: bytes) -> None:
+def test_garbage(site: Site, data: bytes, reason: str) -> None:
     server = site.serve()
     with server.tcp() as sock:
         try:
@@ -31,7 +36,10 @@ def test_garbage(site: Site, data: bytes) -> None:
                 pass
         except ConnectionError:
             pass
-        assert isinstance(server.seen().error, OSError)
+        error = server.seen().error
+        assert isinstance(error, ssl.SSLError)
+        assert error.reason == reason
+    assert site.requests == (0, 0)
     assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
 
 
@@ -44,6 +52,30 @@ def test_a_client_that_trickles(site: Site) -> None:
         assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
         assert time.monotonic() - began < 10
     assert isinstance(server.seen().error, ssl.SSLEOFError)
+
+
+def test_a_byte_now_and_then_does_not_put_the_time_limit_off(site: Site) -> None:
+    """The socket's timeout is that of the whole handshake, however the bytes of it come."""
+    hello = b"\x16\x03\x01\x40\x00\x01\x00\x3f\xfc\x03\x03" + bytes(200)
+    over = threading.Event()
+    with tcp_pair() as (near, far):
+
+        def trickle() -> None:
+            for number in hello:
+                if over.wait(0.02):
+                    return
+                near.sendall(bytes([number]))
+
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        try:
+            far.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                site.lab.server(key_manager=site.kme_b).wrap_socket(far, server_side=True)
+        finally:
+            over.set()
+            sender.join()
+    assert site.requests == (0, 0)
 
 
 def test_without_its_kme_a_client_that_prefers_goes_on_and_says_so(site: Site) -> None:
@@ -59,6 +91,7 @@ def test_without_its_kme_a_client_that_prefers_goes_on_and_says_so(site: Site) -
         refused = attempt(server.address, site.client(), server)
         assert isinstance(refused.client_error, QKDUnavailable)
         assert "no QKD key" in str(refused.client_error)
+        assert (site.kme_a.key_ids, site.kme_b.key_ids) == ([], [])
     finally:
         lab.kmes.start_kme("b")
     assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"

@@ -250,6 +250,8 @@ class TestForgedIdentity:
                 hand_shake(forged, sock)
                 assert not forged.psk_accepted
                 assert site.kme_b.requests == 1
+        if hostname != "localhost":
+            assert isinstance(server.seen().error, (ssl.SSLEOFError, ConnectionError))
         path.change = lambda _sender, _number, record: record
         assert attempt(path.address, client, server).client_info.protection == "hybrid"
 
