@@ -21,7 +21,6 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar, TypeVarTuple
 
 import numpy as np
@@ -155,7 +154,7 @@ def timer(seconds: defaultdict[str, float]) -> Offload:
 async def steps(arguments: argparse.Namespace) -> None:
     """Both sides in one thread."""
     settings = Settings(block_bits=arguments.block)
-    optics = replace(DEFAULT, fibre=replace(DEFAULT.fibre, length=arguments.length))
+    optics = DEFAULT.at(arguments.length)
     times: tuple[defaultdict[str, float], defaultdict[str, float]] = defaultdict(float), defaultdict(float)
     figures = Figures("a"), Figures("b")
     there, back = asyncio.Queue[Part](), asyncio.Queue[Part]()

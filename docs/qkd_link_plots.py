@@ -39,11 +39,6 @@ PAPER: Final = 1.22
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#c85200", "#2a7f3f", "#6b6b6b"
 
 
-def at(optics: Optics, length: float) -> Optics:
-    """The same with so many km of fibre."""
-    return replace(optics, fibre=replace(optics.fibre, length=length))
-
-
 def simulate(optics: Optics, pulses: int, seed: int) -> Outcome:
     """One frame."""
     return total(run(optics, pulses, np.random.default_rng(seed)))
@@ -65,6 +60,24 @@ def simulated_share(seen: Outcome, optics: Optics) -> float:
     key_bits = sum(counts.key)
     leaked = round(key_bits * CASCADE * binary_entropy(seen.key_qber))
     return secret_length(counts, optics.source, leaked, SECURITY).bits / key_bits
+
+
+def qber_points(
+    axes: Axes, x: np.ndarray, counts: list[tuple[int, int]], marker: str, label: str | None
+) -> None:
+    """Error rates in percent with their standard errors, from the numbers of errors and of detections."""
+    errors, detected = np.array(counts).T
+    qber = errors / detected
+    axes.errorbar(
+        x,
+        100 * qber,
+        yerr=100 * np.sqrt(qber * (1 - qber) / detected),
+        fmt=marker,
+        markersize=4,
+        capsize=3,
+        color="black",
+        label=label,
+    )
 
 
 def curve(
@@ -91,11 +104,11 @@ def rate_against_distance() -> None:
     x = np.concatenate([np.arange(0, 118, 1.0), np.arange(118, 143, 0.05)])
 
     def limit(length: float) -> float:
-        optics = at(GYS, length)
+        optics = GYS.at(length)
         return asymptotic_rate(rates(optics), single_photons(optics), optics.source, PAPER)
 
     def decoys(length: float) -> float:
-        optics = at(GYS, length)
+        optics = GYS.at(length)
         seen = rates(optics)
         return asymptotic_rate(seen, bound_single_photons(seen, optics.source), optics.source, PAPER)
 
@@ -113,7 +126,7 @@ def rate_against_distance() -> None:
     ]
     values = [
         measured_rate(
-            run(at(GYS, length), pulses, np.random.default_rng(length), frames=25), GYS.source, PAPER
+            run(GYS.at(length), pulses, np.random.default_rng(length), frames=25), GYS.source, PAPER
         )
         for length, pulses in points
     ]
@@ -131,11 +144,9 @@ def rate_against_distance() -> None:
         color="black",
         label="simulation, with standard errors",
     )
+    curve(axes, x, lambda length: finite_rate(GYS.at(length), 1e8, PAPER), "blocks of $10^8$ key bits", GREEN)
     curve(
-        axes, x, lambda length: finite_rate(at(GYS, length), 1e8, PAPER), "blocks of $10^8$ key bits", GREEN
-    )
-    curve(
-        axes, x, lambda length: finite_rate(at(GYS, length), 1e7, PAPER), "blocks of $10^7$ key bits", ORANGE
+        axes, x, lambda length: finite_rate(GYS.at(length), 1e7, PAPER), "blocks of $10^7$ key bits", ORANGE
     )
     axes.set_yscale("log")
     axes.set_xlim(-2, 150)
@@ -169,12 +180,12 @@ def default_against_distance() -> None:
     pulse_rate = DEFAULT.source.pulse_rate
 
     def limit(length: float) -> float:
-        optics = at(DEFAULT, length)
+        optics = DEFAULT.at(length)
         rate = asymptotic_rate(rates(optics), single_photons(optics), optics.source, CASCADE)
         return rate * live_share(optics) * pulse_rate
 
     def sifted(length: float) -> float:
-        return sum(expected_counts(at(DEFAULT, length), 1e15).key) / 1e15 * pulse_rate
+        return sum(expected_counts(DEFAULT.at(length), 1e15).key) / 1e15 * pulse_rate
 
     curve(above, x, sifted, "key bits, sifted", GREY, "--")
     curve(above, x, limit, "secret bits, infinitely long, infinitely many decoys", GREY, ":")
@@ -182,7 +193,7 @@ def default_against_distance() -> None:
         curve(
             above,
             x,
-            lambda length, size=size: finite_rate(at(DEFAULT, length), size, CASCADE) * pulse_rate,  # type: ignore[misc]
+            lambda length, size=size: finite_rate(DEFAULT.at(length), size, CASCADE) * pulse_rate,  # type: ignore[misc]
             f"secret bits, blocks of ${label}$ key bits",
             color,
         )
@@ -193,29 +204,18 @@ def default_against_distance() -> None:
     above.set_ylabel("bits a second")
     above.set_title("The default link at other lengths: 50 MHz, 0.2 dB/km")
     above.legend(loc="upper right")
-    curve(below, x, lambda length: 100 * rates(at(DEFAULT, length)).qbers[0], "signal pulses, analytic", BLUE)
+    curve(below, x, lambda length: 100 * rates(DEFAULT.at(length)).qbers[0], "signal pulses, analytic", BLUE)
     lengths = np.array([0, 40, 80, 120, 160, 200, 220])
     seen = [
-        simulate(at(DEFAULT, float(length)), pulses, int(length))
+        simulate(DEFAULT.at(float(length)), pulses, int(length))
         for length, pulses in zip(
             lengths,
             (3_000_000, 20_000_000, 100_000_000, 600_000_000, 3_000_000_000, 4_200_000_000, 4_200_000_000),
             strict=True,
         )
     ]
-    errors = np.array([int(part.errors[:, 0].sum()) for part in seen])
-    detected = np.array([int(part.detections[:, 0].sum()) for part in seen])
-    qber = errors / detected
-    below.errorbar(
-        lengths,
-        100 * qber,
-        yerr=100 * np.sqrt(qber * (1 - qber) / detected),
-        fmt="o",
-        markersize=4,
-        capsize=3,
-        color="black",
-        label="simulation, with standard errors",
-    )
+    counts = [(int(part.errors[:, 0].sum()), int(part.detections[:, 0].sum())) for part in seen]
+    qber_points(below, lengths, counts, "o", "simulation, with standard errors")
     below.set_ylim(0, 8)
     below.set_xlim(-3, 280)
     below.set_ylabel("QBER (%)")
@@ -249,19 +249,9 @@ def intercepted() -> None:
         fractions = np.array([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
         optics = [replace(honest, eavesdropper=Eavesdropper(intercept=float(f))) for f in fractions]
         seen = [simulate(there, 400_000, i) for i, there in enumerate(optics)]
-        errors = np.array([int(part.errors.sum()) for part in seen])
-        detected = np.array([int(part.detections.sum()) for part in seen])
-        qber = errors / detected
-        above.errorbar(
-            fractions,
-            100 * qber,
-            yerr=100 * np.sqrt(qber * (1 - qber) / detected),
-            fmt=marker,
-            markersize=4,
-            capsize=3,
-            color="black",
-            label="simulation, with standard errors" if marker == "s" else None,
-        )
+        counts = [(int(part.errors.sum()), int(part.detections.sum())) for part in seen]
+        label = "simulation, with standard errors" if marker == "s" else None
+        qber_points(above, fractions, counts, marker, label)
     share_x = np.array(
         [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1]
     )
@@ -295,7 +285,7 @@ def splitting() -> None:
     """What photon-number splitting changes, and what it does not, at 50 km."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    honest = at(DEFAULT, 50)
+    honest = DEFAULT.at(50)
     reference = simulate(honest, 100_000_000, 99)
     fractions = np.array([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0])
     base = reference.rates(honest.source)

@@ -32,7 +32,7 @@ from .party import (
 )
 from .photonics.analytic import live_share
 from .photonics.line import MAXIMUM_PULSES, Line, Photons, Sent
-from .photonics.parameters import Fibre, Optics
+from .photonics.parameters import Optics
 from .postprocessing.amplification import amplify, seed_length
 from .postprocessing.cascade import ReconciliationError, Reference
 from .postprocessing.verification import challenge
@@ -91,17 +91,12 @@ class Alice(Party):
         await self._begin(conversation)
         frames: _Frames = asyncio.Queue()
         self._ahead = asyncio.Semaphore(_FRAMES_AHEAD)
-        transmitting = asyncio.create_task(self._transmit(frames, send_photons))
-        blocks = asyncio.create_task(self._blocks(conversation, frames))
-        try:
-            await asyncio.wait((transmitting, blocks), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (transmitting, blocks):
-                task.cancel()
-            results = await asyncio.gather(transmitting, blocks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+        await self._side_by_side(
+            self._transmit(frames, send_photons),
+            self._blocks(
+                conversation, lambda number, tally: self._block(conversation, frames, number, tally)
+            ),
+        )
 
     async def _begin(self, conversation: Conversation) -> None:
         """Agree on the settings, and on the last block of the last session."""
@@ -123,8 +118,7 @@ class Alice(Party):
     def _apply_controls(self) -> None:
         controls, optics = self._controls, self._optics
         self._line.optics = replace(
-            optics,
-            fibre=Fibre(controls.length_km, optics.fibre.attenuation),
+            optics.at(controls.length_km),
             eavesdropper=replace(
                 optics.eavesdropper,
                 intercept=controls.intercept,
@@ -166,17 +160,6 @@ class Alice(Party):
             number += 1
 
     # --- blocks
-
-    async def _blocks(self, conversation: Conversation, frames: _Frames) -> None:
-        number = 0
-        while True:
-            number += 1
-            tally = Tally()
-            try:
-                await self._block(conversation, frames, number, tally)
-            except Aborted as aborted:
-                await self._end(conversation, aborted)
-                self.figures.block(self._outcome(number, tally, reason=aborted.reason.text))
 
     async def _block(self, conversation: Conversation, frames: _Frames, number: int, tally: Tally) -> None:
         await self._sift(conversation, frames, tally)

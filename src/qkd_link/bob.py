@@ -78,17 +78,12 @@ class Bob(Party):
         """
         await self._begin(conversation)
         detections: _Detections = asyncio.Queue(_FRAMES_AHEAD)
-        detecting = asyncio.create_task(self._detect(detections, receive_photons))
-        blocks = asyncio.create_task(self._blocks(conversation, detections))
-        try:
-            await asyncio.wait((detecting, blocks), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (detecting, blocks):
-                task.cancel()
-            results = await asyncio.gather(detecting, blocks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+        await self._side_by_side(
+            self._detect(detections, receive_photons),
+            self._blocks(
+                conversation, lambda number, tally: self._block(conversation, detections, number, tally)
+            ),
+        )
 
     async def _begin(self, conversation: Conversation) -> None:
         """Agree on the settings, and on the last block of the last session."""
@@ -129,17 +124,6 @@ class Bob(Party):
             await detections.put((frame, await self._offload_optics(self._receiver.detect, photons)))
 
     # --- blocks
-
-    async def _blocks(self, conversation: Conversation, detections: _Detections) -> None:
-        number = 0
-        while True:
-            number += 1
-            tally = Tally()
-            try:
-                await self._block(conversation, detections, number, tally)
-            except Aborted as aborted:
-                await self._end(conversation, aborted)
-                self.figures.block(self._outcome(number, tally, reason=aborted.reason.text))
 
     async def _block(
         self, conversation: Conversation, detections: _Detections, number: int, tally: Tally

@@ -19,14 +19,16 @@ Nothing that arrives is used for good before the tag over it was checked.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import struct
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Final, NamedTuple, Protocol, TypeVar, TypeVarTuple
+from itertools import count
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -335,6 +337,33 @@ class Party:
         self._offload_optics = offload_optics
         self._doubt = NO_DOUBT
         self._session = b""  # public, the same on both sides, never used before
+
+    # --- a session
+
+    async def _side_by_side(self, *work: Coroutine[Any, Any, None]) -> None:
+        """Until the first of them ends or fails: then the others are cancelled, too, and the failure is raised."""
+        tasks = [asyncio.create_task(part) for part in work]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _blocks(
+        self, conversation: Conversation, make: Callable[[int, Tally], Awaitable[None]]
+    ) -> None:
+        """One block after the other, each made by `make` from its number and an empty tally."""
+        for number in count(1):
+            tally = Tally()
+            try:
+                await make(number, tally)
+            except Aborted as aborted:
+                await self._end(conversation, aborted)
+                self.figures.block(self._outcome(number, tally, reason=aborted.reason.text))
 
     # --- parts of messages
 

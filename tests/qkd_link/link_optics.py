@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, sqrt
 
 import numpy as np
@@ -115,11 +115,6 @@ def assert_same_distribution(one: NDArray[np.int64], other: NDArray[np.int64]) -
     freedom = len(a) - 1
     assert freedom > 0
     assert statistic < freedom + 4 * sqrt(2 * freedom) + 6, (statistic, freedom)
-
-
-def at(optics: Optics, length: float) -> Optics:
-    """The same with so many km of fibre."""
-    return replace(optics, fibre=replace(optics.fibre, length=length))
 
 
 def pulses_for(optics: Optics, key_bits: float) -> float:

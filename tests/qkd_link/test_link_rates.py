@@ -8,7 +8,7 @@ from math import exp, sqrt
 
 import numpy as np
 import pytest
-from link_optics import at, pulses_for
+from link_optics import pulses_for
 
 from qkd_link.photonics.analytic import (
     Rates,
@@ -53,10 +53,10 @@ def average_qber(optics: Optics) -> float:
 
 def test_the_cut_off_is_where_the_paper_has_it() -> None:
     # Ma et al. 2005: 142.05 km with infinitely many decoys, 140.55 km with two.
-    assert rate_of(at(PAPER, 141.9)) > 0
-    assert rate_of(at(PAPER, 142.2)) == 0
-    assert bounded_rate_of(at(PAPER, 140.3)) > 0
-    assert bounded_rate_of(at(PAPER, 140.8)) == 0
+    assert rate_of(PAPER.at(141.9)) > 0
+    assert rate_of(PAPER.at(142.2)) == 0
+    assert bounded_rate_of(PAPER.at(140.3)) > 0
+    assert bounded_rate_of(PAPER.at(140.8)) == 0
 
 
 def test_the_best_intensity_is_where_the_paper_has_it() -> None:
@@ -66,7 +66,7 @@ def test_the_best_intensity_is_where_the_paper_has_it() -> None:
             source = replace(
                 GYS.source, intensities=(signal, 0.001, 0.0), probabilities=(1 - 2e-6, 1e-6, 1e-6)
             )
-            optics = replace(at(GYS, 50), source=source)
+            optics = replace(GYS.at(50), source=source)
             return asymptotic_rate(rates(optics), single_photons(optics), source, reconciliation)
 
         return max((n / 100 for n in range(30, 80)), key=rate)
@@ -77,7 +77,7 @@ def test_the_best_intensity_is_where_the_paper_has_it() -> None:
 
 def test_decoys_bound_what_infinitely_many_would_show() -> None:
     for length in range(0, 140, 20):
-        optics = at(GYS, length)
+        optics = GYS.at(length)
         true, bound = single_photons(optics), bound_single_photons(rates(optics), optics.source)
         assert 0.8 * true.single_yield < bound.single_yield <= true.single_yield
         assert true.error <= bound.error < 1.6 * true.error
@@ -100,7 +100,7 @@ def test_the_simulation_agrees_with_the_decoy_state_rate(length: float, pulses: 
 
     At three standard errors, which are small enough for the test to say something.
     """
-    optics = at(GYS, length)
+    optics = GYS.at(length)
     outcomes = run(optics, pulses, np.random.default_rng(round(length)), frames=10)
     rate, error = measured_rate(outcomes, optics.source)
     expected = bounded_rate_of(optics)
@@ -121,7 +121,7 @@ def test_the_simulation_agrees_with_the_decoy_state_rate(length: float, pulses: 
 def test_the_finite_key_rate_stays_below_the_asymptotic_one(optics: Optics, key_bits: float) -> None:
     seen = []
     for length in range(0, 150, 10):
-        there = at(optics, length)
+        there = optics.at(length)
         finite = finite_rate_of(there, key_bits)
         limit = bounded_rate_of(there) * live_share(there)
         assert finite < limit or finite == limit == 0
@@ -227,7 +227,7 @@ def test_interception_costs_the_key(fraction: float, any_key: bool) -> None:
 
 def test_splitting_does_not_show_in_the_qber_but_in_the_decoys() -> None:
     """At 50 km, with the same rate of signal clicks and no error more, all bits are known, and the decoys tell."""
-    honest = at(DEFAULT, 50)
+    honest = DEFAULT.at(50)
     attacked = replace(honest, eavesdropper=Eavesdropper(splitting=1))
     pulses = 60_000_000
     results = []
@@ -260,7 +260,7 @@ def test_extra_loss_lowers_the_rate_and_no_more() -> None:
         expected = 1 - (1 - 2e-7) * exp(-intensity * 10**-1.4 * 0.7)
         assert gain == pytest.approx(live_share(lossy) * expected, rel=4.5 / sqrt(detected))
     assert 0.004 < int(seen.errors.sum()) / int(seen.detections.sum()) < 0.006
-    assert rate_of(lossy) == pytest.approx(rate_of(at(DEFAULT, 70)))
+    assert rate_of(lossy) == pytest.approx(rate_of(DEFAULT.at(70)))
 
 
 def test_without_light_there_are_no_rates() -> None:

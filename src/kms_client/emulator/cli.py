@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def _run_link(arguments: argparse.Namespace, stack: ExitStack) -> None:
     settings = Settings(
         block_bits=arguments.block, qber_threshold=arguments.max_qber, key_size=arguments.key_size
     )
-    optics = replace(DEFAULT, fibre=replace(DEFAULT.fibre, length=arguments.length))
+    optics = DEFAULT.at(arguments.length)
     record = _recorder(arguments, stack)
     secret = None if arguments.shared_secret is None else arguments.shared_secret.read_bytes()
     sides = [

@@ -7,7 +7,7 @@ H.-K. Lo, Phys. Rev. A 72, 012326 (2005), table I.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf, isclose, isfinite
 
 __all__ = [
@@ -157,6 +157,10 @@ class Optics:
     fibre: Fibre
     detector: Detector
     eavesdropper: Eavesdropper = Eavesdropper()
+
+    def at(self, length: float) -> Optics:
+        """The same with so many km of fibre."""
+        return replace(self, fibre=replace(self.fibre, length=length))
 
     @property
     def transmittance(self) -> float:
