@@ -1,9 +1,8 @@
 """Write the test kit.
 
 `derivation.json`, `identities.json`, `control_messages.json` and `client_hellos.json` come out the same each time;
-nothing of qkd_tls is used for them. `--record` also records new handshakes of qkd_tls, which have fresh
-randomness each time, into
-`handshakes.json`.
+nothing of qkd_tls is used for them. `--record` also records new handshakes of qkd_tls, which have fresh randomness
+each time, into `handshakes.json`.
 """
 
 from __future__ import annotations
@@ -32,14 +31,20 @@ def extract(salt: bytes, keying_material: bytes) -> bytes:
     return hmac.new(salt, keying_material, hashlib.sha384).digest()
 
 
-def expand(key: bytes, info: bytes, size: int) -> bytes:
-    """HKDF-Expand of RFC 5869 with SHA-384."""
+def expand(key: bytes, info: bytes, size: int, name: str = "sha384") -> bytes:
+    """HKDF-Expand of RFC 5869 with this hash."""
     block, out, number = b"", b"", 1
     while len(out) < size:
-        block = hmac.new(key, block + info + bytes([number]), hashlib.sha384).digest()
+        block = hmac.new(key, block + info + bytes([number]), name).digest()
         out += block
         number += 1
     return out[:size]
+
+
+def expand_label(name: str, secret: bytes, label: bytes, context: bytes, size: int) -> bytes:
+    """HKDF-Expand-Label of RFC 8446 section 7.1 with this hash."""
+    info = size.to_bytes(2, "big") + v8(b"tls13 " + label) + v8(context)
+    return expand(secret, info, size, name)
 
 
 def v8(data: bytes) -> bytes:
@@ -72,7 +77,7 @@ def derive(
     target, size = (0x0002, 48) if kdf == "sha384" else (0x0001, 32)
     imported = v16(identity.encode()) + v16(context) + struct.pack(">HH", 0x0304, target)
     digest = hashlib.sha384(imported).digest()
-    psk = expand(epskx, struct.pack(">H", size) + v8(b"tls13 derived psk") + v8(digest), size)
+    psk = expand_label("sha384", epskx, b"derived psk", digest, size)
     return {
         "kdf": kdf,
         "exporter_secret": h.hex(),
@@ -422,17 +427,6 @@ def export(exporter_secret: bytes) -> bytes:
     empty = hashlib.new(name).digest()
     secret = expand_label(name, exporter_secret, b"EXPERIMENTAL qkd-tls/1 association", empty, len(empty))
     return expand_label(name, secret, b"exporter", empty, 48)
-
-
-def expand_label(name: str, secret: bytes, label: bytes, context: bytes, size: int) -> bytes:
-    """HKDF-Expand-Label of RFC 8446 section 7.1 with this hash."""
-    info = size.to_bytes(2, "big") + v8(b"tls13 " + label) + v8(context)
-    block, out, number = b"", b"", 1
-    while len(out) < size:
-        block = hmac.new(secret, block + info + bytes([number]), name).digest()
-        out += block
-        number += 1
-    return out[:size]
 
 
 def talk(client: Any, server: Any) -> tuple[list[bytes], list[bytes]]:

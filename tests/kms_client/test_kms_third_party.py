@@ -109,7 +109,7 @@ class TestQkdsec:
 class TestSkipQkd:
     @pytest.fixture(autouse=True)
     def _library(self) -> None:
-        self.library = pytest.importorskip(
+        self.skip_qkd = pytest.importorskip(
             "skip_qkd",
             reason="skip-qkd is not installed: it needs a compiler and OpenSSL's headers (dependency group 'compiled')",
         )
@@ -117,8 +117,8 @@ class TestSkipQkd:
     def client(self, pair: RunningPair, side: str) -> Any:
         """For one request: it does not open a second connection."""
         url = pair.url_a if side == "a" else pair.url_b
-        files = self.library.MTLSConfig(str(pair.pki.kms_ca), *certificate(pair.pki, side))
-        return self.library.SkipQKDClient(url.removeprefix("https://"), "KP", files)
+        files = self.skip_qkd.MTLSConfig(str(pair.pki.kms_ca), *certificate(pair.pki, side))
+        return self.skip_qkd.SkipQKDClient(url.removeprefix("https://"), "KP", files)
 
     def test_capabilities(self, pair: RunningPair) -> None:
         assert self.client(pair, "a").capabilities() == {

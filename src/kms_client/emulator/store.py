@@ -77,9 +77,8 @@ class KeyStore:
         self.key_size = key_size
         self.max_key_count = max_key_count
         self.deliveries: list[Delivery] = []
-        self.in_doubt: set[str] = (
-            set()
-        )  # keys that are about to be stored at both ends; `keep_only` lets them be
+        # Keys that are about to be stored at both ends; `keep_only` lets them be.
+        self.in_doubt: set[str] = set()
         self._available: OrderedDict[str, bytearray] = OrderedDict()
         self._held: OrderedDict[str, bytearray] = OrderedDict()
         self._assigned: OrderedDict[str, _Assigned] = OrderedDict()

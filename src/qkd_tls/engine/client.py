@@ -355,9 +355,9 @@ class ClientEngine(Engine):
                 + (f" ({self._fallback})" if self._fallback else ""),
                 hint="give this side a key manager that works; the server's policy is 'require'",
             )
-        hints = CLIENT_HINTS if self._psk is None else CLIENT_PSK_HINTS
-        hint = hints.get(error.reason or "", "")
-        return with_hint(error, hint.format(key_id=self._psk.key_id) if self._psk is not None else hint)
+        if self._psk is None:
+            return with_hint(error, CLIENT_HINTS.get(error.reason or "", ""))
+        return with_hint(error, CLIENT_PSK_HINTS.get(error.reason or "", "").format(key_id=self._psk.key_id))
 
 
 def _named(name: str | None) -> str:
