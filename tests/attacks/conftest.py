@@ -1,4 +1,4 @@
-"""Fixtures for the attacks: certificates, a pair of KMEs, the two sites of a link, and the attacker's own CA."""
+"""Fixtures for the attacks: those of `two_sites`, and the attacker's own CA."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qkd_tls"))
 
 from attack_support import Site
 from socket_support import Authority, Lab
+from two_sites import ca, client_identity, key_managers, kmes, lab, running_kmes, server_identity
 
-from kms_client.emulator import RunningPair, run_pair
-
-
-@pytest.fixture(scope="session")
-def running_kmes() -> Iterator[RunningPair]:
-    with run_pair(rate=2000.0, buffer=2000) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory, running_kmes: RunningPair) -> Iterator[Lab]:
-    ca = Authority(tmp_path_factory.mktemp("pki"))
-    managers = {"client": running_kmes.client("a"), "server": running_kmes.client("b")}
-    lab = Lab(ca, ca.issue("server"), ca.issue("client", ["client.example"]), running_kmes, managers)
-    yield lab
-    lab.close()
-    for manager in managers.values():
-        manager.close()
+__all__ = [
+    "ca",
+    "client_identity",
+    "key_managers",
+    "kmes",
+    "lab",
+    "mallorys_ca",
+    "running_kmes",
+    "server_identity",
+    "site",
+]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from cli_support import PROGRAM, TIMEOUT, Site, record, running_server, text
+from node_binary import HOW_TO_HAVE_IT, node_binary
 from socket_support import Authority, Lab, Server, echo, local_lab
 
 from kms_client import KMSError, LocalKeyManager
@@ -282,15 +283,10 @@ sock.on('data', data => process.stdout.write(data));
 
 
 def node() -> str:
-    candidates = [
-        os.environ.get("QKD_TLS_NODE"),
-        str(ROOT / "node_modules/node/bin/node"),
-        shutil.which("node"),
-    ]
-    for path in candidates:
-        if path and os.path.exists(path):
-            return path
-    pytest.skip("no Node.js: set QKD_TLS_NODE to its binary, or run `npm install node@26` in the repository")
+    path = node_binary() or shutil.which("node")
+    if path is None:
+        pytest.skip(f"no Node.js: {HOW_TO_HAVE_IT}")
+    return path
 
 
 def test_node_connects_with_it(client: Site, classical_too: Any) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from node_binary import HOW_TO_HAVE_IT, node_binary
 from socket_support import TIMEOUT
 
 from qkd_tls import KDF
@@ -361,10 +362,10 @@ class Node(Stack):
 
     @staticmethod
     def _binary() -> str:
-        for path in (os.environ.get("QKD_TLS_NODE"), str(ROOT / "node_modules/node/bin/node")):
-            if path and Path(path).exists():
-                return path
-        raise Missing("no Node.js 26: set QKD_TLS_NODE, or run `npm install node@26` in the repository")
+        path = node_binary()
+        if path is None:
+            raise Missing(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+        return path
 
     def version(self) -> str:
         return _number(_first_line(self._binary(), "-v"))

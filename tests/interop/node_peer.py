@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import queue
 import secrets
 import ssl
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import pytest
+from node_binary import HOW_TO_HAVE_IT, node_binary
 from socket_support import TIMEOUT, Lab, Server, connect
 
 from qkd_tls import KDF, QKDContext, QKDError, QKDInfo, QKDKeyMismatch, QKDProtocolError, QKDSocket
@@ -210,15 +210,13 @@ class OurServer:
 @functools.cache
 def node() -> str:
     """The Node.js binary; skips where there is none of version 26."""
-    for path in (os.environ.get("QKD_TLS_NODE"), str(ROOT / "node_modules" / "node" / "bin" / "node")):
-        if path and Path(path).exists():
-            version = subprocess.run([path, "-v"], capture_output=True, text=True, check=True).stdout.strip()
-            if int(version.lstrip("v").split(".")[0]) < 26:
-                pytest.skip(f"{path} is Node.js {version}; 26 is needed for ML-KEM")
-            return path
-    pytest.skip(
-        "no Node.js 26: set QKD_TLS_NODE to its binary, or run `npm install node@26` in the repository"
-    )
+    path = node_binary()
+    if path is None:
+        pytest.skip(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+    version = subprocess.run([path, "-v"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.lstrip("v").split(".")[0]) < 26:
+        pytest.skip(f"{path} is Node.js {version}; 26 is needed for ML-KEM")
+    return path
 
 
 class NodeProcess:

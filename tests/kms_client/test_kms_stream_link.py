@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -67,13 +67,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await test()
-
-    asyncio.run(main())
-
-
 def test_keys_and_assignments_in_both_directions(pki: DemoPKI) -> None:
     async def test() -> None:
         async with joined(pki) as ends:
@@ -86,7 +79,7 @@ def test_keys_and_assignments_in_both_directions(pki: DemoPKI) -> None:
                 assert other.fetch([assignment.key_id], "M", "S") == [secret]
             assert ends.agree()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_fills_at_the_rate_up_to_the_buffer(pki: DemoPKI) -> None:
@@ -96,7 +89,7 @@ def test_fills_at_the_rate_up_to_the_buffer(pki: DemoPKI) -> None:
             await asyncio.sleep(0.1)
             assert len(ends.store_a.unassigned_ids()) == 100
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_after_a_cut_both_drop_what_the_other_has_not(pki: DemoPKI) -> None:
@@ -115,7 +108,7 @@ def test_after_a_cut_both_drop_what_the_other_has_not(pki: DemoPKI) -> None:
             await until(ends.agree)
             assert len(ends.store_a.unassigned_ids()) == 18
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_a_second_connection_replaces_a_first_one(pki: DemoPKI) -> None:
@@ -132,7 +125,7 @@ def test_a_second_connection_replaces_a_first_one(pki: DemoPKI) -> None:
             writer.transport.abort()
             await until(lambda: not ends.a.up or ends.a._writer is not first)
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_an_assignment_that_the_other_end_refuses(pki: DemoPKI) -> None:
@@ -143,7 +136,7 @@ def test_an_assignment_that_the_other_end_refuses(pki: DemoPKI) -> None:
             with pytest.raises(LinkDown):
                 await ends.a.assign([assignment])
 
-    run(test)
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("act", ["silent", "cut", "garbage", "odd"])
@@ -174,7 +167,7 @@ def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str) -> None:
         writer.transport.abort()
         await ends.a.stop()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_only_the_other_kme_may_join(pki: DemoPKI, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,7 +186,7 @@ def test_only_the_other_kme_may_join(pki: DemoPKI, caplog: pytest.LogCaptureFixt
         assert ends.store_a.unassigned_ids() == []
         await ends.a.stop()
 
-    run(test)
+    asyncio.run(test())
     assert "refused a link: the certificate is not that of KME-B" in caplog.text
 
 
@@ -212,4 +205,4 @@ def test_side_b_waits_for_side_a(pki: DemoPKI, tmp_path: Path) -> None:
         await until(lambda: not ends.b.up)
         await ends.b.stop()
 
-    run(test)
+    asyncio.run(test())

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,6 @@ async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
             await asyncio.sleep(0.005)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await test()
-
-    asyncio.run(main())
-
-
 def test_what_a_man_in_the_middle_does_is_detected_and_is_over_when_he_goes(pki: DemoPKI) -> None:
     async def test() -> None:
         async with running(pki) as sides:
@@ -133,7 +126,7 @@ def test_what_a_man_in_the_middle_does_is_detected_and_is_over_when_he_goes(pki:
             assert [figures["authentication"]["bootstraps"] for figures in sides.figures] == [1, 1]
             await until(sides.agree)
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_the_kme_answers_at_once_while_blocks_are_made(pki: DemoPKI) -> None:
@@ -150,7 +143,7 @@ def test_the_kme_answers_at_once_while_blocks_are_made(pki: DemoPKI) -> None:
             assert status.stored_key_count > 0
             client.close()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_the_switches_act_and_are_told(pki: DemoPKI) -> None:
@@ -182,7 +175,7 @@ def test_the_switches_act_and_are_told(pki: DemoPKI) -> None:
             assert "switch paused: True" in texts
             json.dumps(sides.figures)
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_a_side_that_starts_again_is_bound_to_what_both_knew(pki: DemoPKI) -> None:
@@ -195,7 +188,7 @@ def test_a_side_that_starts_again_is_bound_to_what_both_knew(pki: DemoPKI) -> No
             assert any("bound to the keys made before" in text for text in texts)
             await until(sides.agree)
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_a_shared_secret_instead_of_certificates(pki: DemoPKI) -> None:
@@ -215,7 +208,7 @@ def test_a_shared_secret_instead_of_certificates(pki: DemoPKI) -> None:
             await other.b.stop()
             await other.a.stop()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_a_fault_of_the_program_is_not_hidden(
@@ -232,7 +225,7 @@ def test_a_fault_of_the_program_is_not_hidden(
             await sides.wait_for("a fault of this program: ZeroDivisionError")
             await sides.more_blocks()
 
-    run(test)
+    asyncio.run(test())
     assert "a session ended by a fault of this program" in caplog.text
 
 
@@ -248,7 +241,7 @@ def test_a_second_session_ends_the_first(pki: DemoPKI) -> None:
                 each.abort()
             await sides.more_blocks()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_a_full_store_pauses_production(pki: DemoPKI) -> None:
@@ -268,7 +261,7 @@ def test_a_full_store_pauses_production(pki: DemoPKI) -> None:
             await sides.more_blocks()
             assert sides.a.store.available_count == 64
 
-    run(test)
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("rebootstrap", [False, True])
@@ -289,7 +282,7 @@ def test_a_side_that_has_lost_its_anchor_needs_the_operator(pki: DemoPKI, reboot
                 await until(lambda: "has lost the keys of the link" in sides.a.figures.note)
                 assert sides.b.figures.kept == 0
 
-    run(test)
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +310,7 @@ def test_strangers_on_the_fibre_do_no_harm(
             await sides.more_blocks()
             assert sides.a.figures.state == "running"
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_two_of_a_kind_are_no_session(pki: DemoPKI) -> None:
@@ -331,7 +324,7 @@ def test_two_of_a_kind_are_no_session(pki: DemoPKI) -> None:
                 writer.close()
             await sides.more_blocks()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_garbage_on_the_fibre_ends_the_session_and_the_next_goes_on(
@@ -352,7 +345,7 @@ def test_garbage_on_the_fibre_ends_the_session_and_the_next_goes_on(
             await until(lambda: "a frame of photons has 4294967295 bytes" in str(sides.figures[1]["events"]))
             await sides.more_blocks()
 
-    run(test)
+    asyncio.run(test())
 
 
 def test_side_b_waits_for_side_a(pki: DemoPKI) -> None:
@@ -365,7 +358,7 @@ def test_side_b_waits_for_side_a(pki: DemoPKI) -> None:
         await until(lambda: side.figures.note == "no connection to side A: ConnectionRefusedError")
         await side.stop()
 
-    run(test)
+    asyncio.run(test())
 
 
 # --- the anchor's file

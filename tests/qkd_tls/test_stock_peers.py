@@ -1,14 +1,9 @@
-"""Peers that know nothing of qkd-tls/1: Node.js 26, which has ML-KEM, and OpenSSL 3.0 and the standard library's ssl.
-
-The Node.js tests look for the binary in the environment variable QKD_TLS_NODE, then where `npm install node@26` puts
-it below the repository's root.
-"""
+"""Peers that know nothing of qkd-tls/1: Node.js 26, which has ML-KEM, OpenSSL 3.0 and the standard library's ssl."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import socket
@@ -22,6 +17,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
+from node_binary import HOW_TO_HAVE_IT, node_binary
 from socket_support import TIMEOUT, Lab, Server, talk
 
 from qkd_tls import (
@@ -57,17 +53,14 @@ def warned(*expected: tuple[type[Warning], str]) -> Iterator[None]:
 @functools.cache
 def node() -> str:
     """The Node.js binary; skips where there is none that has ML-KEM."""
-    candidates = [os.environ.get("QKD_TLS_NODE"), str(ROOT / "node_modules" / "node" / "bin" / "node")]
-    for path in candidates:
-        if path and FilePath(path).exists():
-            command = [path, "-p", "process.versions.openssl"]
-            version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-            if tuple(int(part) for part in version.split(".")[:2]) < (3, 5):
-                pytest.skip(f"{path} has OpenSSL {version}, which has no ML-KEM; Node.js 26 is needed")
-            return path
-    pytest.skip(
-        "no Node.js 26: set QKD_TLS_NODE to its binary, or run `npm install node@26` in the repository"
-    )
+    path = node_binary()
+    if path is None:
+        pytest.skip(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+    command = [path, "-p", "process.versions.openssl"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 5):
+        pytest.skip(f"{path} has OpenSSL {version}, which has no ML-KEM; Node.js 26 is needed")
+    return path
 
 
 NODE_CLIENT = """
