@@ -26,15 +26,15 @@ from typing import Any, TypeVar, TypeVarTuple
 import numpy as np
 import psutil
 
-from qkd_link.alice import Alice
-from qkd_link.authentication.reserve import KeyReserve
-from qkd_link.bob import Bob
-from qkd_link.controls import Controls
-from qkd_link.figures import Figures
-from qkd_link.party import Offload, Part, SecretKey, Settings
-from qkd_link.photonics.line import Line, Photons
-from qkd_link.photonics.parameters import DEFAULT
-from qkd_link.photonics.receiver import Receiver
+from kms_client.emulator.link.alice import Alice
+from kms_client.emulator.link.authentication.reserve import KeyReserve
+from kms_client.emulator.link.bob import Bob
+from kms_client.emulator.link.controls import Controls
+from kms_client.emulator.link.figures import Figures
+from kms_client.emulator.link.party import Offload, Part, SecretKey, Settings
+from kms_client.emulator.link.photonics.line import Line, Photons
+from kms_client.emulator.link.photonics.parameters import DEFAULT
+from kms_client.emulator.link.photonics.receiver import Receiver
 
 BUFFER = 1_000_000
 T = TypeVar("T")

@@ -28,9 +28,14 @@ from math import floor, log, log2, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from qkd_link.postprocessing.amplification import amplify, seed_length
-from qkd_link.postprocessing.cascade import Corrector, ReconciliationError, Reference
-from qkd_link.postprocessing.verification import LEAKED_BITS, ResidualErrors, challenge, verify
+from kms_client.emulator.link.postprocessing.amplification import amplify, seed_length
+from kms_client.emulator.link.postprocessing.cascade import Corrector, ReconciliationError, Reference
+from kms_client.emulator.link.postprocessing.verification import (
+    LEAKED_BITS,
+    ResidualErrors,
+    challenge,
+    verify,
+)
 
 BIAS = 0.01
 ERROR_RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)
@@ -81,7 +86,7 @@ def entropy(rate: float) -> float:
 def secret_bits(bits: int, errors: int, leaked: int) -> int:
     """The length of the key if there are as many phase errors as bit errors, and each pulse is a single photon.
 
-    The link counts with decoy states instead: `qkd_link.postprocessing.finite_key`.
+    The link counts with decoy states instead: `kms_client.emulator.link.postprocessing.finite_key`.
     """
     phase = min(0.5, errors / bits + sqrt(log(1 / CONFIDENCE) / (2 * bits)))
     return max(0, floor(bits * (1 - entropy(phase)) - leaked - SECRECY_BITS))

@@ -20,9 +20,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from qkd_link.postprocessing.amplification import amplify, seed_length
-from qkd_link.postprocessing.cascade import Corrector, Reference
-from qkd_link.postprocessing.verification import challenge, verify
+from kms_client.emulator.link.postprocessing.amplification import amplify, seed_length
+from kms_client.emulator.link.postprocessing.cascade import Corrector, Reference
+from kms_client.emulator.link.postprocessing.verification import challenge, verify
 
 ERROR_RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.11)
 GOAL = 1.0  # seconds a side

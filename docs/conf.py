@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util import inspect
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "src"))
 
 project = "qkd-tls"
 author = "the qkd-tls authors"

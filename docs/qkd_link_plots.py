@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qkd_link.photonics.analytic import (
+from kms_client.emulator.link.photonics.analytic import (
     asymptotic_rate,
     bound_single_photons,
     expected_counts,
@@ -26,9 +26,9 @@ from qkd_link.photonics.analytic import (
     rates,
     single_photons,
 )
-from qkd_link.photonics.experiment import Outcome, measured_rate, run, total
-from qkd_link.photonics.parameters import DEFAULT, GYS, Eavesdropper, Optics
-from qkd_link.postprocessing.finite_key import Security, binary_entropy, secret_length
+from kms_client.emulator.link.photonics.experiment import Outcome, measured_rate, run, total
+from kms_client.emulator.link.photonics.parameters import DEFAULT, GYS, Eavesdropper, Optics
+from kms_client.emulator.link.postprocessing.finite_key import Security, binary_entropy, secret_length
 
 STATIC: Final = Path(__file__).resolve().parent / "_static"
 SECURITY: Final = Security()

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+
+import qkd_tls
+from kms_client import Etsi014Client
+from kms_client.emulator import DemoPKI, OSRandomSource, run_pair
 from rndl import wire
 from rndl.eavesdropper import ML_KEM, X25519, Eavesdropper, FutureComputer, Opened, Recording, Sealed
 from rndl.hybrid import Association
 from rndl.recorder import RecordingProxy
 from rndl.victim import Client, EphemeralSecrets, QKDKeyMaterial, connect_hybrid
-
-import qkd_tls
-from kms_client import Etsi014Client
-from kms_client.emulator import DemoPKI, OSRandomSource, run_pair
 
 REQUEST = b"GET /plans/2046 HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer open-sesame\r\n\r\n"
 ANSWER = b"Must stay secret for twenty years.\n"

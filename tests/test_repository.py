@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import qkd_tls
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PACKAGES = ("kms_client", "qkd_tls")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Written so that this file does not match itself.
@@ -60,7 +61,7 @@ def test_text_files_end_in_one_newline_and_have_no_trailing_spaces() -> None:
 
 
 MODULES = {
-    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCES
     if path.name != "__main__.py"
 }

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import qkd_tls
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kms_client", "qkd_tls")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -64,12 +65,13 @@ def test_what_is_in_the_packages(packages: tuple[Path, Path]) -> None:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {
         "kms_client",
-        "qkd_link",
         "qkd_tls",
         f"qkd_tls-{qkd_tls.__version__}.dist-info",
     }
-    sources = {path.relative_to(ROOT / "src").as_posix() for path in ROOT.glob("src/*/**/*.py")}
-    assert sources | {"kms_client/py.typed", "qkd_link/py.typed", "qkd_tls/py.typed"} <= set(names)
+    sources = {
+        path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+    }
+    assert sources | {"kms_client/py.typed", "qkd_tls/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-from . import wire
-from .handshake import Handshake, binder_fits
-from .hybrid import ALPN_NAME, EXPORTER_LABEL, Association, identity_parts, read_frames
-from .tls13 import CannotDecrypt
-from .victim import EphemeralSecrets
+from rndl import wire
+from rndl.handshake import Handshake, binder_fits
+from rndl.hybrid import ALPN_NAME, EXPORTER_LABEL, Association, identity_parts, read_frames
+from rndl.tls13 import CannotDecrypt
+from rndl.victim import EphemeralSecrets
 
 __all__ = ["ML_KEM", "X25519", "Eavesdropper", "FutureComputer", "Opened", "Recording", "Sealed"]
 

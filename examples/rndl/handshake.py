@@ -7,8 +7,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
-from . import wire
-from .tls13 import SUITES, KeySchedule, TrafficKeys, transcript_hash
+from rndl import wire
+from rndl.tls13 import SUITES, KeySchedule, TrafficKeys, transcript_hash
 
 __all__ = ["Forged", "Handshake", "binder_fits"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tls13 import expand, expand_label, extract
-from .wire import Reader, vector
+from rndl.tls13 import expand, expand_label, extract
+from rndl.wire import Reader, vector
 
 __all__ = ["ALPN_NAME", "EXPORTER_LABEL", "Association", "frame", "identity_parts", "read_frames"]
 

@@ -6,7 +6,7 @@ import socket
 import threading
 from typing import Self
 
-from .eavesdropper import Recording
+from rndl.eavesdropper import Recording
 
 __all__ = ["RecordingProxy"]
 

@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from . import wire
-from .handshake import Handshake
-from .hybrid import ALPN_NAME, EXPORTER_LABEL, Association, frame, read_frames
-from .tls13 import KeySchedule, TrafficKeys
+from rndl import wire
+from rndl.handshake import Handshake
+from rndl.hybrid import ALPN_NAME, EXPORTER_LABEL, Association, frame, read_frames
+from rndl.tls13 import KeySchedule, TrafficKeys
 
 __all__ = ["Client", "EphemeralSecrets", "HybridClient", "QKDKeyMaterial", "connect_hybrid"]
 

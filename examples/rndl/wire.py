@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .tls13 import TrafficKeys
+from rndl.tls13 import TrafficKeys
 
 __all__ = [
     "ALERT",

@@ -6,7 +6,7 @@ import { test } from "node:test";
 
 import * as derivation from "./derivation.mjs";
 
-const file = new URL("../../tests/vectors/hybrid_psk_v1.json", import.meta.url);
+const file = new URL("../vectors/hybrid_psk_v1.json", import.meta.url);
 const vectors = JSON.parse(readFileSync(file, "utf8"));
 const bytes = (hex) => Buffer.from(hex, "hex");
 

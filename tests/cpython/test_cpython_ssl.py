@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpython_outcomes import FILE, Table
-from cpython_page import PAGE, page
+
+from tests.support.cpython.outcomes import FILE, Table
+from tests.support.cpython.page import PAGE, page
+from tests.support.paths import ROOT
 
 TABLE = Table.load()
 TIMEOUT = 600
@@ -69,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("cpython")
     # The tests leave files in the working directory.
     process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("run_test_ssl.py"), folder / "results"],
+        [sys.executable, ROOT / "tests" / "support" / "cpython" / "run_test_ssl.py", folder / "results"],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -150,5 +152,5 @@ def test_no_test_is_listed_twice() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    """If this fails: python tests/cpython/cpython_page.py."""
+    """If this fails: python -m tests.support.cpython.page."""
     assert PAGE.read_text(encoding="utf-8") == page(TABLE)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Iterator
 
 import pytest
-from dropin_support import COLUMNS, Missing, Program
-from measure import Measurements, Result
-from programs import PROGRAMS
-from table import committed, rows_of, same, table
+
+from kms_client.emulator import run_pair
+from tests.support.dropin.harness import COLUMNS, Missing, Program, Sites
+from tests.support.dropin.measure import Measurements, Result
+from tests.support.dropin.programs import PROGRAMS
+from tests.support.dropin.table import committed, rows_of, same, table
 
 MUST_WORK = ("connects", "up", "down")
+
+
+@pytest.fixture(scope="session")
+def measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measurements]:
+    """What each program did, measured when it is first asked for."""
+    with run_pair(rate=2000.0, buffer=4000) as kmes:
+        sites = Sites.make(tmp_path_factory.mktemp("dropin"), kmes)
+        try:
+            yield Measurements(sites)
+        finally:
+            sites.close()
 
 
 def measured(measurements: Measurements, program: type[Program]) -> Result:
@@ -52,7 +66,7 @@ def test_every_connection_is_hybrid(result: Result) -> None:
 
 
 def test_table(result: Result) -> None:
-    """docs/dropin.md says what was measured: `python tests/dropin/write_table.py` writes it."""
+    """docs/dropin.md says what was measured: `python -m tests.support.dropin.write_table` writes it."""
     (measured_row,) = rows_of(table([result])).values()
     rows = [without_notes(row) for row in (rows_of(committed())[result.program.name], measured_row)]
     assert same(*rows), rows

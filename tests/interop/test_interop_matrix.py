@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from interop_matrix import PAIRS, ROLES, pairing, row
-from interop_stacks import STACKS, Missing, Stack
-from interop_table import WITHOUT_PSK, committed
-from node_peer import NodeProcess
-from socket_support import Lab
+
+from tests.support.interop.matrix import PAIRS, ROLES, pairing, row
+from tests.support.interop.node_peer import NodeProcess
+from tests.support.interop.stacks import STACKS, Missing, Stack
+from tests.support.interop.table import WITHOUT_PSK, committed
+from tests.support.sockets import Lab
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def node_process() -> Iterator[NodeProcess]:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("stack", STACKS, ids=lambda stack: stack.name)
 def test_a_stock_stack_with_ours(lab: Lab, stack: Stack, role: str) -> None:
-    """`interop/report` writes the table. What it says of versions may differ here."""
+    """`python -m interop.report` writes the table. What it says of versions may differ here."""
     try:
         measured = row(lab, stack, role)
     except Missing as why:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from node_peer import (
+
+from kms_client.emulator import Faults
+from qkd_tls import KDF
+from tests.support.interop.node_peer import (
     MAIN,
-    ROOT,
     Client,
     Failed,
     NodeClient,
@@ -34,11 +36,9 @@ from node_peer import (
     kme_settings,
     node,
 )
-from socket_support import TIMEOUT, Authority, Lab, Proxy, talk
-from socket_support import Server as StockServer
-
-from kms_client.emulator import Faults
-from qkd_tls import KDF
+from tests.support.paths import VECTORS
+from tests.support.sockets import TIMEOUT, Authority, Lab, Proxy, talk
+from tests.support.sockets import Server as StockServer
 
 CIPHER = "TLS_AES_128_GCM_SHA256"
 LARGE = 600_000
@@ -535,7 +535,7 @@ def test_the_parts_by_themselves() -> None:
     command = [node(), "--test", "--test-reporter=tap", *map(str, sorted(MAIN.parent.glob("*.test.mjs")))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stdout
-    vectors = json.loads((ROOT / "tests" / "vectors" / "hybrid_psk_v1.json").read_text())["cases"]
+    vectors = json.loads((VECTORS / "hybrid_psk_v1.json").read_text())["cases"]
     assert len(re.findall(r"^ok .* - vector ", run.stdout, re.MULTILINE)) == len(vectors)
 
 

@@ -9,17 +9,14 @@ import functools
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
 from rndl.recorder import RecordingProxy
-from socket_support import Lab, Server, connect, talk
-from transcript_pcap import PORT, write_pcap
+from tests.support.interop.pcap import PORT, write_pcap
+from tests.support.sockets import Lab, Server, connect, talk
 
 X25519MLKEM768 = str(0x11EC)
 TLS13 = "0x0304"

@@ -10,7 +10,6 @@ import hmac
 import importlib.util
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from qkd_tls import control, hybrid
 from qkd_tls.client_hello import ClientHelloError, parse_client_hello, read_handshake_message
 from qkd_tls.hybrid import KDF, PSKIdentity
+from tests.support.paths import VECTORS
 
-KIT = Path(__file__).resolve().parents[2] / "interop" / "vectors"
+KIT = VECTORS
 
 
 def load_generator() -> Any:

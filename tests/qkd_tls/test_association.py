@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-from memory import HOST, SAE_A, SAE_B, World, pki
-from scenarios import ASKS_FOR_CERTIFICATE, WITH_CERTIFICATE
 
 from kms_client import KeyAlreadyUsed, QKDKey
 from qkd_tls import association as association_module
@@ -17,6 +15,8 @@ from qkd_tls import certificate
 from qkd_tls.association import Association, AssociationEnded, AssociationStore, KeySpent
 from qkd_tls.engine import Event, State
 from qkd_tls.hybrid import KDF, PSKIdentity, TagMismatch
+from tests.support.memory import HOST, SAE_A, SAE_B, World, pki
+from tests.support.scenarios import ASKS_FOR_CERTIFICATE, WITH_CERTIFICATE
 
 NOW = 1_800_000_000.0
 

@@ -15,7 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import mldsa
 from cryptography.x509.oid import NameOID
-from socket_support import (
+
+from qkd_tls import Path, QKDContext, create_default_context
+from tests.support.sockets import (
     KEY_KINDS,
     Authority,
     Identity,
@@ -26,8 +28,6 @@ from socket_support import (
     talk,
     write_identity,
 )
-
-from qkd_tls import Path, QKDContext, create_default_context
 
 
 def client_trusting(local: Lab, **trust: Any) -> QKDContext:

@@ -19,12 +19,12 @@ from pathlib import Path as FilePath
 
 import psutil
 import pytest
-from socket_support import TIMEOUT, Authority, Identity
 
 from kms_client import Etsi014Client, QKDKey
 from kms_client.emulator import DemoPKI
 from qkd_tls import Path, Protection, QKDContext, QKDInfo, create_default_context
 from qkd_tls.openssl import TLSConnection
+from tests.support.sockets import TIMEOUT, Authority, Identity
 
 THREADS = 8
 

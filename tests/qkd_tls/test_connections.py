@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from socket_support import Lab, Proxy, Server, StealingManager, talk
 
 from kms_client.emulator import RunningPair
 from qkd_tls import KDF, Path, Protection, QKDInfo, QKDSocket
 from qkd_tls.engine import ClientEngine
+from tests.support.sockets import Lab, Proxy, Server, StealingManager, talk
 
 
 def hybrid(sock: QKDSocket) -> QKDInfo:

@@ -16,13 +16,13 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
-from socket_support import TIMEOUT, Lab, Server, StealingManager, spellings, talk
 
 from kms_client import LocalKeyManager, QKDKey
 from kms_client.emulator import RunningPair
 from qkd_tls import KDF, Path, Policy, QKDContext, QKDFallbackWarning, QKDSocket, create_default_context
 from qkd_tls.association import Association
 from qkd_tls.psk import PSK
+from tests.support.sockets import TIMEOUT, Lab, Server, StealingManager, spellings, talk
 
 
 def manager() -> LocalKeyManager:

@@ -18,8 +18,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
-from object_support import Side, carry, shake_hands, sides
-from socket_support import TIMEOUT, Authority, Lab, Server, connected, talk
 
 from kms_client import LocalKeyManager
 from qkd_tls import (
@@ -31,6 +29,8 @@ from qkd_tls import (
     QKDSocket,
     create_default_context,
 )
+from tests.support.objects import Side, carry, shake_hands, sides
+from tests.support.sockets import TIMEOUT, Authority, Lab, Server, connected, talk
 
 
 def shaken(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[Side, Side]:

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from object_support import shake_hands, sides
-from socket_support import TIMEOUT, Lab, Server, connected, talk, tcp_pair
 
 from kms_client import QKDKey
 from qkd_tls import QKDContext, QKDFallbackWarning, QKDSocket
 from qkd_tls.endpoint import Endpoint, NotThroughTheStandardLibrary
+from tests.support.objects import shake_hands, sides
+from tests.support.sockets import TIMEOUT, Lab, Server, connected, talk, tcp_pair
 
 
 class Slow:

@@ -8,7 +8,6 @@ import hmac
 import json
 import struct
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import pytest
@@ -34,12 +33,11 @@ from qkd_tls.hybrid import (
     tag_hmac,
     tag_key,
 )
+from tests.support.paths import VECTORS
 
 Vector: TypeAlias = dict[str, str]
 
-VECTORS: list[Vector] = json.loads(
-    (Path(__file__).parent.parent / "vectors" / "hybrid_psk_v1.json").read_text(encoding="utf-8")
-)["cases"]
+CASES: list[Vector] = json.loads((VECTORS / "hybrid_psk_v1.json").read_text(encoding="utf-8"))["cases"]
 A = bytes(range(48))
 
 
@@ -59,7 +57,7 @@ def unhex(vector: Vector, *names: str) -> tuple[bytes, ...]:
     return tuple(bytes.fromhex(vector[name]) for name in names)
 
 
-@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("vector", CASES)
 class TestVectors:
     def test_association(self, vector: Vector) -> None:
         exporter_secret, kem_secret = unhex(vector, "exporter_secret", "kem_secret")
@@ -96,7 +94,7 @@ class TestVectors:
         assert len(psk) == KDF(vector["kdf"]).psk_size
 
 
-@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("vector", CASES)
 def test_second_implementation(vector: Vector) -> None:
     """Everything once more, from the text of the RFCs and with the HKDF of `cryptography`."""
     sha384 = hashes.SHA384()

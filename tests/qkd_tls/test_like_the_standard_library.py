@@ -14,9 +14,9 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
-from socket_support import TIMEOUT, Authority, Lab, Server, connect, connected, talk, tcp_pair
 
 from qkd_tls import QKDContext, QKDSocket
+from tests.support.sockets import TIMEOUT, Authority, Lab, Server, connect, connected, talk, tcp_pair
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

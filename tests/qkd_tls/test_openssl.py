@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from memory import HOST, HYBRID_GROUP, authority, compiled, credentials, der, only_alerts, pki, write_all
 from OpenSSL import SSL
 
 from qkd_tls import openssl
@@ -38,6 +37,17 @@ from qkd_tls.openssl import (
     openssl_version,
 )
 from qkd_tls.psk import PSK
+from tests.support.memory import (
+    HOST,
+    HYBRID_GROUP,
+    authority,
+    compiled,
+    credentials,
+    der,
+    only_alerts,
+    pki,
+    write_all,
+)
 
 
 def client_settings(**changes: Any) -> TLSSettings:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from socket_support import TIMEOUT
 
 from kms_client.emulator import DemoPKI, write_demo_pki
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
 from qkd_tls.psk_context import PSKContext, PSKSocket
+from tests.support.sockets import TIMEOUT
 
 SECRET = bytes(range(100, 132))
 CLIENT = PSKContext("système 1", SECRET)

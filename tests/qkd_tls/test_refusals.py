@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from socket_support import Authority, Lab, Seen, Server, StealingManager, connect, talk
 
 from kms_client import Etsi014Client, LocalKeyManager
 from kms_client.emulator import RunningPair
@@ -32,6 +31,7 @@ from qkd_tls import (
     QKDProtocolError,
     QKDUnavailable,
 )
+from tests.support.sockets import Authority, Lab, Seen, Server, StealingManager, connect, talk
 
 POLICIES = [
     pytest.param(client, server, id=f"client {client}, server {server}")

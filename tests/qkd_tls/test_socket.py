@@ -17,9 +17,9 @@ from typing import Any
 
 import OpenSSL.SSL
 import pytest
-from socket_support import TIMEOUT, Lab, Proxy, Server, connected, echo, talk, tcp_pair
 
 from qkd_tls import Protection, QKDContext, QKDSocket
+from tests.support.sockets import TIMEOUT, Lab, Proxy, Server, connected, echo, talk, tcp_pair
 
 
 @pytest.fixture

@@ -10,10 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import object_support
 import pytest
-from object_support import Side, carry, shake_hands, sides
-from socket_support import TIMEOUT, Lab, wait_until
 
 from kms_client import KMSUnavailable, LocalKeyManager, QKDKey
 from qkd_tls import (
@@ -26,6 +23,9 @@ from qkd_tls import (
 )
 from qkd_tls.endpoint import KeysWanted
 from qkd_tls.sslobject import QKDObject
+from tests.support import objects
+from tests.support.objects import Side, carry, shake_hands, sides
+from tests.support.sockets import TIMEOUT, Lab, wait_until
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ class TestHandshake:
             warnings.simplefilter("always")
             shake_hands(client, server)
         assert {one.category for one in caught} == {QKDFallbackWarning}
-        assert {one.filename for one in caught} == {object_support.__file__}
+        assert {one.filename for one in caught} == {objects.__file__}
         assert client.tls.qkd.protection is Protection.PQ_ONLY
         client, server = sides(
             local.client(key_manager=closed, policy="prefer"), local.server(policy="prefer")

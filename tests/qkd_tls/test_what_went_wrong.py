@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 
 import OpenSSL.SSL
 import pytest
-from socket_support import TIMEOUT, Lab, Proxy, connected, tcp_pair
 
 from qkd_tls import Protection, QKDContext, QKDSocket, aio
 from qkd_tls.endpoint import Endpoint, NotThroughTheStandardLibrary
 from qkd_tls.sslobject import QKDObject
+from tests.support.sockets import TIMEOUT, Lab, Proxy, connected, tcp_pair
 
 # --- the three backends
 

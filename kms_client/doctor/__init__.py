@@ -1,0 +1,11 @@
+"""Examines a KME, or both KMEs of a link, by ETSI GS QKD 014 V1.1.1: the command `qkd-kme doctor`.
+
+`checks` are the checks, over `side` (raw requests), `tls` (raw handshakes) and `answers` (judgement; pure).
+`examination` makes them all and puts a `Report` together, which `report_text` and `report_html` show.
+"""
+
+from kms_client.doctor.examination import examine
+from kms_client.doctor.findings import ExaminedSide, Finding, Report, Verdict
+from kms_client.doctor.side import Credentials, Setting, Side
+
+__all__ = ["Credentials", "ExaminedSide", "Finding", "Report", "Setting", "Side", "Verdict", "examine"]

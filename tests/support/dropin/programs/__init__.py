@@ -1,0 +1,18 @@
+"""The programs, in the order of the table."""
+
+from __future__ import annotations
+
+from tests.support.dropin.harness import Program
+from tests.support.dropin.programs import browsers, databases, ftp, http_clients, http_servers, mail, streams
+
+__all__ = ["PROGRAMS"]
+
+PROGRAMS: list[type[Program]] = [
+    *http_clients.PROGRAMS,
+    *mail.PROGRAMS,
+    *ftp.PROGRAMS,
+    *http_servers.PROGRAMS,
+    *streams.PROGRAMS,
+    *databases.PROGRAMS,
+    *browsers.PROGRAMS,
+]
