@@ -157,9 +157,11 @@ class QKDContext(ssl.SSLContext):
         that was made: `context.key_manager.close()`.
 
         Raises:
-            qkd_tls.config.ConfigError: a `ValueError` that names file, table and key.
+            qkd_tls.configuration.ConfigError: a `ValueError` that names file, table and key.
         """
-        from qkd_tls.configured import load_context  # Programs without a file need not wait for it.
+        from qkd_tls.configuration.contexts import (
+            load_context,  # Programs without a file need not wait for it.
+        )
 
         return load_context(cls, Path(path), table, role)
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from qkd_tls.config import ConfigError
+from qkd_tls.configuration.tables import ConfigError
 from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
 
 __all__ = ["check", "run"]
@@ -45,7 +45,7 @@ def run(path: Path | str) -> int:
 def check(path: Path | str) -> None:
     """Check a configuration file and the certificates and keys that it names, without listening or connecting.
 
-    Raises qkd_tls.config.ConfigError.
+    Raises qkd_tls.configuration.ConfigError.
     """
     path = Path(path)
     _import_metrics(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kms_client import KeyManager
-from qkd_tls.configured import KeySource, TLSFiles
+from qkd_tls.configuration.contexts import KeySource, TLSFiles
 from qkd_tls.context import QKDContext
 from qkd_tls.tunnel.kme import CountedKeyManager
 from qkd_tls.tunnel.metrics import Metrics

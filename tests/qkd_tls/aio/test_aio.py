@@ -31,6 +31,7 @@ from qkd_tls import (
     QKDUnavailable,
     aio,
 )
+from qkd_tls.aio import transports
 from tests.support.sockets import TIMEOUT, Lab, Proxy, Server, connected, echo, tcp_pair
 
 # --- what the tests share
@@ -751,14 +752,14 @@ class TestProtocols:
                 def set_protocol(self, protocol: Any) -> None: ...
 
             protocol = Recorder()
-            gate = aio._Gate()
+            gate = transports._Gate()
             for _ in range(2):
                 gate.data_received(b"early")
             gate.eof_received()
             gate.connection_lost(None)
             gate.open(Transport(), protocol)  # type: ignore[arg-type]
             assert protocol.events == ["made", b"earlyearly", "eof", "lost"]
-            gate = aio._Gate()
+            gate = transports._Gate()
             gate.data_received(b"early")
             buffered = Buffered(3)
             buffered.connection_made(None)  # type: ignore[arg-type]
@@ -1133,7 +1134,7 @@ def test_fork_after_use(lab: Lab) -> None:
             await talk(*await aio.open_connection(*server.address, ssl=client, server_hostname="localhost"))
 
         run(main())
-        assert aio._threads is not None
+        assert transports._threads is not None
         fork = multiprocessing.get_context("fork")
         result = fork.Queue()
         child = fork.Process(target=_connect_in_child, args=(client, server.address, result))
@@ -1152,7 +1153,7 @@ def test_nothing_is_kept(local: Lab) -> None:
 
     def count() -> int:
         gc.collect()
-        return sum(isinstance(one, QKDObject | aio._Handshake) for one in gc.get_objects())
+        return sum(isinstance(one, QKDObject | transports._Handshake) for one in gc.get_objects())
 
     async def main() -> None:
         async with Echo(local.server()) as server:

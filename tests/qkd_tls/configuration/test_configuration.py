@@ -30,8 +30,8 @@ from kms_client import (
 )
 from kms_client.emulator import RunningPair, run_pair
 from qkd_tls import Policy, Protection, QKDContext
-from qkd_tls.config import ConfigError, Table, read_file
-from qkd_tls.configured import Sections
+from qkd_tls.configuration.contexts import Sections
+from qkd_tls.configuration.tables import ConfigError, Table, read_file
 from qkd_tls.errors import QKDKeyMismatch
 from tests.support.paths import ROOT
 from tests.support.sockets import Authority, Server, talk
@@ -333,7 +333,7 @@ class TestWhatIsMade:
         assert set(threading.enumerate()) == before
 
     def test_the_module_is_loaded_when_it_is_needed(self) -> None:
-        code = "import sys, qkd_tls; sys.exit('qkd_tls.configured' in sys.modules)"
+        code = "import sys, qkd_tls; sys.exit('qkd_tls.configuration' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -24,7 +24,7 @@ from kms_client import (
     SkipClient,
 )
 from qkd_tls import control, kems
-from qkd_tls.config import REQUIRED, Table, read_file
+from qkd_tls.configuration.tables import REQUIRED, Table, read_file
 from qkd_tls.context import QKDContext
 from qkd_tls.hybrid import KDF
 from qkd_tls.policy import Policy

@@ -1,0 +1,28 @@
+"""Configuration files: `tables` reads TOML, `key_managers` and `contexts` say what the tables mean."""
+
+from qkd_tls.configuration.contexts import (
+    FailoverSettings,
+    KeySource,
+    KMESettings,
+    PoolSettings,
+    Role,
+    Sections,
+    TLSFiles,
+    load_context,
+)
+from qkd_tls.configuration.tables import REQUIRED, ConfigError, Table, read_file
+
+__all__ = [
+    "REQUIRED",
+    "ConfigError",
+    "FailoverSettings",
+    "KMESettings",
+    "KeySource",
+    "PoolSettings",
+    "Role",
+    "Sections",
+    "TLSFiles",
+    "Table",
+    "load_context",
+    "read_file",
+]
