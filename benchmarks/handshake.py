@@ -29,8 +29,8 @@ from OpenSSL import SSL
 
 import qkd_tls
 from kms_client import KeyManager, LocalKeyManager, QKDKey
+from qkd_tls.endpoint import fetch_keys
 from qkd_tls.engine import Engine, Established, FetchKeys, FetchKeysByID
-from qkd_tls.fetch import fetch_keys
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import openssl_version
 

@@ -35,6 +35,7 @@ from kms_client.errors import (
     KMSUnavailable,
     shown,
 )
+from kms_client.forks import forget_in_children
 from kms_client.secure_site import SecureSite, has_ml_kem
 
 __all__ = ["Answer", "HTTPSClient", "WrapsSockets"]
@@ -168,8 +169,8 @@ class HTTPSClient:
             quirks=set() if quirks is None else quirks,
         )
         self._idle: deque[requests.Session] = deque()
-        self._pid = os.getpid()
         self._closed = False
+        forget_in_children(self)
 
     def request(self, method: str, path: str, body: bytes | None, max_size: int) -> Answer:
         """Send one request and read its whole answer, whatever its status. Nothing is ever sent twice.
@@ -206,11 +207,12 @@ class HTTPSClient:
         while self._idle:
             self._idle.pop().close()
 
+    def forget(self) -> None:
+        """Start afresh in a forked child, which must not speak on its parent's connections."""
+        self._idle = deque()
+
     @contextmanager
     def _session(self) -> Iterator[requests.Session]:
-        if self._pid != os.getpid():
-            # A forked child must not speak on its parent's connections.
-            self._idle, self._pid = deque(), os.getpid()
         try:
             session = self._idle.pop()
         except IndexError:

@@ -7,17 +7,15 @@ for ever), or with the process; the next connection then is a bootstrap again.
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Final
 
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from kms_client import QKDKey, wipe_keys
+from kms_client.forks import forget_in_children
 from qkd_tls.hybrid import KDF, PSKIdentity, association_id, derive_psk, encode_identity, tag_hmac
 from qkd_tls.psk import PSK
 
@@ -140,11 +138,11 @@ class AssociationStore:
         self._by_id: OrderedDict[bytes, Association] = OrderedDict()
         self._by_scope: dict[Hashable, list[Association]] = {}
         self._scope_of: dict[bytes, Hashable] = {}
-        _stores.add(self)
+        forget_in_children(self)
 
-    def _forget_after_fork(self) -> None:
-        # The parent goes on with them, and a key announced there would be used twice. Another thread of the parent
-        # may have held the lock.
+    def forget(self) -> None:
+        """Start afresh in a forked child: its parent goes on with the associations and their announced keys."""
+        # Another thread of the parent may have held the lock.
         self._lock = threading.Lock()
         self._by_id, self._by_scope, self._scope_of = OrderedDict(), {}, {}
 
@@ -208,14 +206,3 @@ class AssociationStore:
                 if not self._by_scope[scope]:
                     del self._by_scope[scope]
         association.close()
-
-
-_stores: Final[weakref.WeakSet[AssociationStore]] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for store in list(_stores):
-        store._forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -8,7 +8,6 @@ ever runs on it.
 
 from __future__ import annotations
 
-import binascii
 import itertools
 import operator
 import os
@@ -16,7 +15,7 @@ import re
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from socket import socket as Socket
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self
@@ -29,6 +28,7 @@ from qkd_tls.engine import ALPN_PROTOCOL, ClientEngine, Engine, EngineConfig, Se
 from qkd_tls.errors import ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import DEFAULT_CIPHER_SUITES, Credentials, TLSContext, TLSSettings
+from qkd_tls.pem import Passphrase, Password, StrPath, read_chain, read_pem, split_der
 from qkd_tls.policy import Policy
 from qkd_tls.socket import QKDSocket
 from qkd_tls.sslobject import QKDObject
@@ -38,14 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QKDContext", "create_default_context"]
 
-_StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-_Password = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
-
-_PEM: Final = re.compile(
-    r"-----BEGIN (CERTIFICATE|TRUSTED CERTIFICATE|X509 CRL)-----\s.+?-----END \1-----", re.DOTALL
-)
-# OpenSSL's buffer for it (PEM_BUFSIZE).
-_LONGEST_PASSWORD: Final = 1024
 # Of all contexts: each number stands for one change.
 _changes: Final = itertools.count()
 _LARGEST_ALERT: Final = 255
@@ -187,8 +179,8 @@ class QKDContext(ssl.SSLContext):
 
     def load_verify_locations(
         self,
-        cafile: _StrPath | None = None,
-        capath: _StrPath | None = None,
+        cafile: StrPath | None = None,
+        capath: StrPath | None = None,
         cadata: str | Buffer | None = None,
     ) -> None:
         """Trust these CA certificates, and use the CRLs among them, as `ssl.SSLContext.load_verify_locations` does.
@@ -206,19 +198,13 @@ class QKDContext(ssl.SSLContext):
         if isinstance(cadata, str):
             self._trust_pem(cadata)
         elif cadata is not None:
-            self._trusted.update(dict.fromkeys(_split_der(bytes(cadata))))
+            self._trusted.update(dict.fromkeys(split_der(bytes(cadata))))
         self._note_change()
 
     def _trust_pem(self, text: str) -> None:
-        for match in _PEM.finditer(text):
-            kind = match.group(1)
-            # The standard library's converter knows one label only; the content is the same for a plain certificate.
-            der = ssl.PEM_cert_to_DER_cert(match.group().replace(f" {kind}-", " CERTIFICATE-"))
-            if kind == "X509 CRL":
-                self._crls[der] = None
-            else:
-                # A trusted certificate has OpenSSL's own settings behind it.
-                self._trusted[next(_split_der(der))] = None
+        certificates, crls = read_pem(text)
+        self._trusted.update(dict.fromkeys(certificates))
+        self._crls.update(dict.fromkeys(crls))
 
     def set_default_verify_paths(self) -> None:
         """Trust what the system trusts: the files that `ssl.get_default_verify_paths` names."""
@@ -235,7 +221,7 @@ class QKDContext(ssl.SSLContext):
         self.set_default_verify_paths()
 
     def load_cert_chain(
-        self, certfile: _StrPath, keyfile: _StrPath | None = None, password: _Password | None = None
+        self, certfile: StrPath, keyfile: StrPath | None = None, password: Password | None = None
     ) -> None:
         """Present this certificate chain (PEM, leaf first); ECDSA, RSA, Ed25519 and ML-DSA keys work.
 
@@ -244,20 +230,9 @@ class QKDContext(ssl.SSLContext):
         Raises ssl.SSLError where a file is not PEM, the key is not the certificate's, or the password is wrong; what
         a `password` function raises.
         """
-        passphrase = None if password is None else _Passphrase(password)
+        passphrase = None if password is None else Passphrase(password)
         name = os.fsdecode(certfile)
-        try:
-            chain = [
-                ssl.PEM_cert_to_DER_cert(match.group())
-                for match in _PEM.finditer(Path(name).read_text("latin-1"))
-                if match.group(1) == "CERTIFICATE"
-            ]
-        except binascii.Error as error:
-            raise ssl_error(
-                ssl.SSLError, f"[SSL] PEM lib: a certificate in {name} is damaged: {error}"
-            ) from None
-        if not chain:
-            raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: no certificate in {name}")
+        chain = read_chain(name)
         try:
             self._credentials = Credentials.load(
                 chain, Path(name if keyfile is None else os.fsdecode(keyfile)).read_bytes(), passphrase
@@ -555,8 +530,8 @@ class QKDContext(ssl.SSLContext):
 def create_default_context(
     purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH,
     *,
-    cafile: _StrPath | None = None,
-    capath: _StrPath | None = None,
+    cafile: StrPath | None = None,
+    capath: StrPath | None = None,
     cadata: str | Buffer | None = None,
     **qkd: Any,
 ) -> QKDContext:
@@ -603,46 +578,3 @@ def _ascii_hostname(name: str | bytes | None) -> str | None:
     if len(ascii_text) > 253:
         raise ValueError("server_hostname is longer than 253 characters")
     return ascii_text
-
-
-class _Passphrase:
-    """Gives the password of a private key when OpenSSL asks for it."""
-
-    def __init__(self, password: _Password) -> None:
-        self.error: Exception | None = None
-        """Why the program's function has given none."""
-        self._ask = password if callable(password) else None
-        self._given = b"" if callable(password) else self._checked(password, "password should be a string")
-
-    def __call__(self, *_: object) -> bytes:
-        if self._ask is None:
-            return self._given
-        try:
-            return self._checked(self._ask(), "password callback must return a string")
-        except Exception as error:
-            self.error = error
-            raise
-
-    @staticmethod
-    def _checked(value: object, complaint: str) -> bytes:
-        if not isinstance(value, str | bytes | bytearray):
-            raise TypeError(complaint)
-        password = value.encode() if isinstance(value, str) else bytes(value)
-        if len(password) > _LONGEST_PASSWORD:
-            raise ValueError(f"password cannot be longer than {_LONGEST_PASSWORD} bytes")
-        return password
-
-
-def _split_der(data: bytes) -> Iterator[bytes]:
-    """The certificates in concatenated DER; each is a SEQUENCE that says how long it is."""
-    while data:
-        if data[0] != 0x30 or len(data) < 2:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL, "[SSL] not enough data: cadata does not contain a certificate"
-            )
-        size, header = data[1], 2
-        if size & 0x80:
-            header += size & 0x7F
-            size = int.from_bytes(data[2:header], "big")
-        yield data[: header + size]
-        data = data[header + size :]

@@ -1,21 +1,28 @@
 """What `QKDSocket` and `QKDObject` share: the steps of the handshake, and what is known of the connection.
 
 The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and fills.
+
+Three others take part in a handshake, and each enters by one interface: the context (`EndpointContext`), the state
+machine that it makes (`Handshake`), and what keeps the handshake going where the calling thread must not wait for a KMS
+(`Driver`).
 """
 
 from __future__ import annotations
 
+import socket
 import ssl
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
+from contextvars import ContextVar
+from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from kms_client import KMSError, QKDKey
+from kms_client import KeyManager, KMSError, QKDKey
 from qkd_tls.certificate import certificate_dict
 from qkd_tls.engine import (
+    Action,
     ChooseContext,
     Engine,
     Established,
@@ -25,14 +32,20 @@ from qkd_tls.engine import (
     ServerEngine,
 )
 from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, ssl_error
-from qkd_tls.fetch import fetch_keys
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
 
-if TYPE_CHECKING:
-    from qkd_tls.context import QKDContext
-
-__all__ = ["Endpoint", "KeyRequest", "KeysWanted", "NotThroughTheStandardLibrary"]
+__all__ = [
+    "Driver",
+    "Endpoint",
+    "EndpointContext",
+    "Handshake",
+    "KeyRequest",
+    "KeysWanted",
+    "NotThroughTheStandardLibrary",
+    "driver_in_charge",
+    "fetch_keys",
+]
 
 _T = TypeVar("_T")
 _QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
@@ -47,6 +60,122 @@ class KeysWanted(ssl.SSLWantReadError):
     def __init__(self, request: KeyRequest) -> None:
         super().__init__(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (waiting for the KMS)")
         self.request = request
+
+
+def fetch_keys(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
+    """The keys, or why there are none; for `Engine.keys`. Blocks as long as the KMS client's time limits allow."""
+    try:
+        if isinstance(request, FetchKeys):
+            return manager.get_keys(request.peer_sae_id, request.number)
+        return manager.get_keys_by_id(request.peer_sae_id, request.key_ids)
+    except KMSError as error:
+        return error
+
+
+class Handshake(Protocol):
+    """What an endpoint needs of a state machine: an `Engine`, or the handshake of a `PSKContext`."""
+
+    @property
+    def connection(self) -> TLSConnection:
+        """The connection that application data goes through, once the handshake is complete."""
+        ...
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """DER; None if the peer showed none."""
+        ...
+
+    def data_to_send(self) -> bytes:
+        """Ciphertext for the peer."""
+        ...
+
+    def receive_data(self, data: bytes) -> None:
+        """Ciphertext from the peer; empty at the end of the stream."""
+        ...
+
+    def next_action(self) -> Action:
+        """What has to be done next. Raises what ended the handshake."""
+        ...
+
+    def abort(self) -> None:
+        """Wipe what the handshake holds, unless it is complete."""
+        ...
+
+
+@runtime_checkable
+class EndpointContext(Protocol):
+    """What an endpoint needs of its context: a `QKDContext`, or a `PSKContext`."""
+
+    @property
+    def key_manager(self) -> KeyManager | None:
+        """This side's KMS; None if no QKD key is ever asked for."""
+        ...
+
+    @property
+    def verify_mode(self) -> ssl.VerifyMode:
+        """`CERT_NONE` if the peer's certificate was not verified."""
+        ...
+
+    def new_engine(
+        self, *, server_side: bool, server_hostname: str | None, server_port: int | None
+    ) -> Handshake:
+        """The state machine for one connection."""
+        ...
+
+    def wrap_socket(
+        self,
+        sock: socket.socket,
+        *,
+        server_side: bool,
+        do_handshake_on_connect: bool,
+        suppress_ragged_eofs: bool,
+    ) -> Any:
+        """Take over a connection that a listening socket has accepted."""
+        ...
+
+    def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> None:
+        """Ask the `sni_callback` what to do with a client that wants to reach `name`."""
+        ...
+
+    def _count(self, what: str) -> None:
+        """One more handshake, by the names of `SSLContext.session_stats`."""
+        ...
+
+
+class Driver:
+    """Keeps the handshake of one connection going. This one leaves it to the thread that calls `do_handshake`.
+
+    An event loop has one of its own: it puts it into `driver_in_charge` while it makes the connection.
+    """
+
+    server_port: int | None = None
+    """Client: the server's TCP port, if the connection cannot tell it."""
+
+    def claim(self) -> bool:
+        """Say whether the connection that is being made is this driver's."""
+        return True
+
+    def begin(self, engine: Handshake) -> None:
+        """The handshake of its connection begins."""
+
+    def take_turn(self) -> None:
+        """Called before the handshake goes on; raises SSLWantReadError if others come first."""
+
+    def fetch(self, request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
+        """The engine's keys, or why there are none; raises KeysWanted if they are given to the engine later."""
+        return fetch_keys(request, manager)
+
+    def take_last_words(self, outgoing: ssl.MemoryBIO) -> None:
+        """Send what a handshake that has failed still has to say, if the owner of `outgoing` would not."""
+
+    def end(self) -> None:
+        """The handshake is complete."""
+
+
+_IN_THIS_THREAD: Final = Driver()
+
+driver_in_charge: Final[ContextVar[Driver]] = ContextVar("qkd_tls.driver", default=_IN_THIS_THREAD)
+"""Of connections that are being made. asyncio's functions, for one, pass nothing on but a context."""
 
 
 class NotThroughTheStandardLibrary:
@@ -72,8 +201,9 @@ class Endpoint:
 
     server_side: bool
     server_hostname: str | None
-    _context: QKDContext
-    _engine: Engine | None
+    _context: EndpointContext
+    _driver: Driver
+    _engine: Handshake | None
     """Until the handshake is complete."""
     _tls: TLSConnection | None
     """From then on."""
@@ -82,13 +212,15 @@ class Endpoint:
     _offered_suites: tuple[int, ...] = ()
     _lock: threading.Lock
     """Around each call of OpenSSL; never held while waiting."""
-    _ask: Callable[[KeyRequest], list[QKDKey] | KMSError] | None
-    """Where the key manager is not to be called in this thread; may raise KeysWanted."""
 
-    def _initialise(self, context: QKDContext, *, server_side: bool, server_hostname: str | None) -> None:
+    def _initialise(
+        self, context: EndpointContext, *, server_side: bool, server_hostname: str | None
+    ) -> None:
         self._context = context
         self.server_side, self.server_hostname = server_side, server_hostname
-        self._engine = self._tls = self._info = self._peer_certificate = self._ask = None
+        self._engine = self._tls = self._info = self._peer_certificate = None
+        driver = driver_in_charge.get()
+        self._driver = driver if driver.claim() else _IN_THIS_THREAD
         self._lock = threading.Lock()
         self._sslobj = NotThroughTheStandardLibrary(self)
 
@@ -109,7 +241,11 @@ class Endpoint:
         """From now on it is application data that goes through TLS: set `_tls` in place of `_engine`."""
         raise NotImplementedError
 
-    def _step(self, engine: Engine) -> None:
+    def _begin(self, engine: Handshake) -> None:
+        self._engine = engine
+        self._driver.begin(engine)
+
+    def _step(self, engine: Handshake) -> None:
         """Do what the engine needs next."""
         self._send_ciphertext(engine.data_to_send())
         action = engine.next_action()
@@ -120,19 +256,18 @@ class Endpoint:
         elif isinstance(action, ChooseContext):
             assert isinstance(engine, ServerEngine)
             self._context._choose_context(engine, self, action.server_name)
-        elif self._ask is not None:
-            engine.keys(self._ask(action))
         else:
             manager = self._context.key_manager
-            assert manager is not None
-            engine.keys(fetch_keys(action, manager))
+            assert isinstance(engine, Engine) and manager is not None
+            engine.keys(self._driver.fetch(action, manager))
 
-    def _establish(self, engine: Engine, info: QKDInfo) -> None:
+    def _establish(self, engine: Handshake, info: QKDInfo) -> None:
         self._peer_certificate = engine.peer_certificate
         if isinstance(engine, ServerEngine):
             self._offered_suites = engine.offered_suites
         self._take_over(engine.connection)
         self._info = info
+        self._driver.end()
         self._context._count("accept_good" if self.server_side else "connect_good")
         self._warn(info)
 
@@ -162,15 +297,13 @@ class Endpoint:
             return question(tls)
 
     @property
-    def context(self) -> QKDContext:
-        """The context of this connection; an `sni_callback` may set another one, of class `QKDContext` too."""
+    def context(self) -> Any:
+        """The `QKDContext` of this connection; an `sni_callback` may set another one, of the same class."""
         return self._context
 
     @context.setter
-    def context(self, value: QKDContext) -> None:
-        from qkd_tls.context import QKDContext
-
-        if not isinstance(value, QKDContext):
+    def context(self, value: ssl.SSLContext) -> None:
+        if not (isinstance(value, EndpointContext) and isinstance(value, ssl.SSLContext)):
             raise TypeError("The value must be a QKDContext")
         self._context = value
 

@@ -1,621 +1,97 @@
-# mypy: ignore-errors
-"""`QKDContext`: an `ssl.SSLContext` whose connections are keyed with QKD keys.
+"""Certificates, CRLs and passwords as files and programs give them: PEM and DER (RFC 7468, X.690).
 
-It keeps its settings as plain data and compiles them to OpenSSL when a connection needs them, again after a change:
-so a program may change its context between connections, as programs do. The underlying `ssl.SSLContext` keeps and
-checks the flags that have the same meaning here (`verify_mode`, `check_hostname`, `verify_flags`...); no connection
-ever runs on it.
+What the standard library accepts is accepted here, with its errors.
 """
 
 from __future__ import annotations
 
 import binascii
-import itertools
-import operator
 import os
 import re
 import ssl
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from socket import socket as Socket
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self
+from typing import Final
 
-from kms_client import KeyManager
-from qkd_tls import control, kems
-from qkd_tls.association import AssociationStore
-from qkd_tls.endpoint import Endpoint
-from qkd_tls.engine import ALPN_PROTOCOL, ClientEngine, Engine, EngineConfig, ServerEngine, Step
 from qkd_tls.errors import ssl_error
-from qkd_tls.hybrid import KDF
-from qkd_tls.openssl import DEFAULT_CIPHER_SUITES, Credentials, TLSContext, TLSSettings
-from qkd_tls.policy import Policy
-from qkd_tls.socket import QKDSocket
-from qkd_tls.sslobject import QKDObject
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+__all__ = ["Passphrase", "Password", "StrPath", "read_chain", "read_pem", "split_der"]
 
-__all__ = ["QKDContext", "create_default_context"]
-
-_StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-_Password = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Password = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
 
 _PEM: Final = re.compile(
     r"-----BEGIN (CERTIFICATE|TRUSTED CERTIFICATE|X509 CRL)-----\s.+?-----END \1-----", re.DOTALL
 )
 # OpenSSL's buffer for it (PEM_BUFSIZE).
 _LONGEST_PASSWORD: Final = 1024
-# Of all contexts: each number stands for one change.
-_changes: Final = itertools.count()
-_LARGEST_ALERT: Final = 255
-_HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
 
-class QKDContext(ssl.SSLContext):
-    """Settings for any number of connections and threads; changes act on later connections.
+def read_pem(text: str) -> tuple[list[bytes], list[bytes]]:
+    """The certificates and the CRLs in PEM text, each in DER; everything else is passed over."""
+    certificates, crls = [], []
+    for match in _PEM.finditer(text):
+        kind = match.group(1)
+        # The standard library's converter knows one label only; the content is the same for a plain certificate.
+        der = ssl.PEM_cert_to_DER_cert(match.group().replace(f" {kind}-", " CERTIFICATE-"))
+        if kind == "X509 CRL":
+            crls.append(der)
+        else:
+            # A trusted certificate has OpenSSL's own settings behind it.
+            certificates.append(next(split_der(der)))
+    return certificates, crls
 
-    Args:
-        protocol: `ssl.PROTOCOL_TLS_CLIENT` or `ssl.PROTOCOL_TLS_SERVER`.
-        key_manager: this side's KMS. May be left out only under policy `off`.
-        policy: `require` (default), `prefer` or `off`; see `Policy`.
-        peer_sae_id: client: the server's SAE ID, or a mapping from server host name to SAE ID. Where it is known, a
-            first connection saves two round trips; where not, the server is asked.
-        allowed_peer_sae_ids: SAE IDs that keys may be shared with; None for any that the KMS allows.
-        groups: key exchange groups by OpenSSL's names. A group without ML-KEM brings a `ClassicalGroupWarning`.
-        kdf: client: hash of the hybrid PSK; `KDF.SHA256` only for peers whose TLS stack fixes it.
-        kem: client: explicit KEM to mix in beside the group's, e.g. "ML-KEM-1024"; see `kems.names()`.
-        announced_keys: client: how many keys to fetch at a bootstrap for later connections (0 to 63). They wait in the
-            memory of both sides and save both KMEs' round trips then.
-        association_lifetime: seconds until the next bootstrap at the latest.
-        pipelined: client: send the offer and the next ClientHello in one flight where that is possible.
-        max_keys: server: keys it takes in one offer.
 
-    Raises ValueError where the arguments do not fit together.
+def read_chain(file: str) -> list[bytes]:
+    """The certificates of a PEM file, each in DER, in its order.
+
+    Raises:
+        ssl.SSLError: there is none, or one is damaged.
+        OSError: the file cannot be read.
     """
+    try:
+        chain = [
+            ssl.PEM_cert_to_DER_cert(match.group())
+            for match in _PEM.finditer(Path(file).read_text("latin-1"))
+            if match.group(1) == "CERTIFICATE"
+        ]
+    except binascii.Error as error:
+        raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: a certificate in {file} is damaged: {error}") from None
+    if not chain:
+        raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: no certificate in {file}")
+    return chain
 
-    def __new__(cls, protocol: int = ssl.PROTOCOL_TLS_CLIENT, **_: Any) -> Self:
-        """See the class."""
-        if protocol not in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
-            raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
-        return super().__new__(cls, protocol)
 
-    _changes: int
-    sslsocket_class: type[QKDSocket] = QKDSocket
-    sslobject_class: type[QKDObject] = QKDObject
+def split_der(data: bytes) -> Iterator[bytes]:
+    """The certificates in concatenated DER; each is a SEQUENCE that says how long it is.
 
-    def __init__(
-        self,
-        protocol: int = ssl.PROTOCOL_TLS_CLIENT,
-        *,
-        key_manager: KeyManager | None = None,
-        policy: Policy | str = Policy.REQUIRE,
-        peer_sae_id: str | Mapping[str, str] | None = None,
-        allowed_peer_sae_ids: Iterable[str] | None = None,
-        groups: Iterable[str] = ("X25519MLKEM768",),
-        kdf: KDF = KDF.SHA384,
-        kem: str | None = None,
-        announced_keys: int = 0,
-        association_lifetime: int = 3600,
-        pipelined: bool = True,
-        max_keys: int = 64,
-    ) -> None:
-        self._policy = Policy(policy)
-        self._key_manager = key_manager
-        if key_manager is None and self._policy is not Policy.OFF:
-            raise ValueError(
-                f"policy '{self._policy}' needs a key_manager; without QKD keys say so: policy='off'"
-            )
-        if kem is not None and kem not in kems.names():
-            raise ValueError(f"KEM {kem!r} is not available here; these are: {', '.join(kems.names())}")
-        if not 0 <= announced_keys < 64:
-            raise ValueError("announced_keys must be 0 to 63")
-        if association_lifetime < 1 or not 1 <= max_keys <= 1000:
-            raise ValueError("association_lifetime must be 1 or more, and max_keys 1 to 1000")
-        if key_manager is not None:
-            # What a peer could not be told shall not surface in the middle of a handshake.
-            control.Identity(key_manager.sae_id, (key_manager.protocol,), kems.names(), max_keys)
-        self._server = protocol == ssl.PROTOCOL_TLS_SERVER
-        self._peer_sae_id = None if isinstance(peer_sae_id, Mapping) else peer_sae_id
-        self._peer_sae_ids = peer_sae_id if isinstance(peer_sae_id, Mapping) else {}
-        self._allowed = None if allowed_peer_sae_ids is None else frozenset(allowed_peer_sae_ids)
-        self._groups = tuple(groups)
-        self._kdf, self._kem, self._announced_keys = kdf, kem, announced_keys
-        self._lifetime, self._pipelined, self._max_keys = association_lifetime, pipelined, max_keys
-        self._associations = AssociationStore()
-        self._lock = threading.Lock()
-        self._config: EngineConfig | None = None
-        self._changes_seen = -1
-        self._config_state: tuple[object, ...] = ()
-        # Dictionaries keep the order and drop duplicates: programs load the same file for each connection.
-        self._trusted: dict[bytes, None] = {}
-        self._crls: dict[bytes, None] = {}
-        self._credentials: Credentials | None = None
-        self._alpn: tuple[str, ...] = ()
-        self.observer: Callable[[Step], object] | None = None
-        """Called with each step of each handshake, in the thread that shakes hands; None for nobody."""
-        self._handshakes = dict.fromkeys(super().session_stats(), 0)
-        # A spelling mistake in a group shall not wait for the first connection.
-        self._engine_config()
-
-    @classmethod
-    def from_config(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        table: str | None = None,
-        role: Literal["client", "server"] | None = None,
-    ) -> Self:
-        """A context from a TOML file, which names KMEs, credentials, peers and policy; see the manual for its keys.
-
-        Args:
-            path: the file; what it names is relative to its folder.
-            table: NAME of the table `[tls.NAME]`. May be left out where there is only one.
-            role: which side the context is for, where the table has no key `role`.
-
-        The KMEs are not contacted yet. Where the program ends before the process does, it should close the key manager
-        that was made: `context.key_manager.close()`.
-
-        Raises:
-            qkd_tls.configuration.ConfigError: a `ValueError` that names file, table and key.
-        """
-        from qkd_tls.configuration.contexts import (
-            load_context,  # Programs without a file need not wait for it.
-        )
-
-        return load_context(cls, Path(path), table, role)
-
-    @property
-    def policy(self) -> Policy:
-        """What happens where no QKD key can be had."""
-        return self._policy
-
-    @property
-    def key_manager(self) -> KeyManager | None:
-        """This side's KMS."""
-        return self._key_manager
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        self._note_change()
-
-    def _note_change(self) -> None:
-        """Whatever it was, the next connection looks whether the settings are still those it knows."""
-        self.__dict__["_changes"] = next(_changes)
-
-    # --- trust and credentials
-
-    def load_verify_locations(
-        self,
-        cafile: _StrPath | None = None,
-        capath: _StrPath | None = None,
-        cadata: str | Buffer | None = None,
-    ) -> None:
-        """Trust these CA certificates, and use the CRLs among them, as `ssl.SSLContext.load_verify_locations` does.
-
-        A `capath` is read now, once, not at each handshake.
-        """
-        super().load_verify_locations(cafile, capath, cadata)
-        if cafile is not None:
-            self._trust_pem(Path(os.fsdecode(cafile)).read_text("latin-1"))
-        if capath is not None:
-            for entry in sorted(Path(os.fsdecode(capath)).iterdir()):
-                if _HASHED_NAME.fullmatch(entry.name):
-                    # As a file of its own, so that get_ca_certs() shows it too.
-                    self.load_verify_locations(cafile=entry)
-        if isinstance(cadata, str):
-            self._trust_pem(cadata)
-        elif cadata is not None:
-            self._trusted.update(dict.fromkeys(_split_der(bytes(cadata))))
-        self._note_change()
-
-    def _trust_pem(self, text: str) -> None:
-        for match in _PEM.finditer(text):
-            kind = match.group(1)
-            # The standard library's converter knows one label only; the content is the same for a plain certificate.
-            der = ssl.PEM_cert_to_DER_cert(match.group().replace(f" {kind}-", " CERTIFICATE-"))
-            if kind == "X509 CRL":
-                self._crls[der] = None
-            else:
-                # A trusted certificate has OpenSSL's own settings behind it.
-                self._trusted[next(_split_der(der))] = None
-
-    def set_default_verify_paths(self) -> None:
-        """Trust what the system trusts: the files that `ssl.get_default_verify_paths` names."""
-        paths = ssl.get_default_verify_paths()
-        if paths.cafile is not None:
-            self.load_verify_locations(cafile=paths.cafile)
-        if paths.capath is not None:
-            self.load_verify_locations(capath=paths.capath)
-
-    def load_default_certs(self, purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH) -> None:
-        """Trust what the system trusts."""
-        if not isinstance(purpose, ssl.Purpose):
-            raise TypeError(purpose)
-        self.set_default_verify_paths()
-
-    def load_cert_chain(
-        self, certfile: _StrPath, keyfile: _StrPath | None = None, password: _Password | None = None
-    ) -> None:
-        """Present this certificate chain (PEM, leaf first); ECDSA, RSA, Ed25519 and ML-DSA keys work.
-
-        The password is asked for where the key is encrypted.
-
-        Raises ssl.SSLError where a file is not PEM, the key is not the certificate's, or the password is wrong; what
-        a `password` function raises.
-        """
-        passphrase = None if password is None else _Passphrase(password)
-        name = os.fsdecode(certfile)
-        try:
-            chain = [
-                ssl.PEM_cert_to_DER_cert(match.group())
-                for match in _PEM.finditer(Path(name).read_text("latin-1"))
-                if match.group(1) == "CERTIFICATE"
-            ]
-        except binascii.Error as error:
-            raise ssl_error(
-                ssl.SSLError, f"[SSL] PEM lib: a certificate in {name} is damaged: {error}"
-            ) from None
-        if not chain:
-            raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: no certificate in {name}")
-        try:
-            self._credentials = Credentials.load(
-                chain, Path(name if keyfile is None else os.fsdecode(keyfile)).read_bytes(), passphrase
-            )
-        except ssl.SSLError:
-            if passphrase is not None and passphrase.error is not None:
-                raise passphrase.error from None
-            raise
-
-    # --- protocol
-
-    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
-        """The application protocols to offer or accept, the preferred one first; `qkd-tls/1` is added by itself."""
-        names = tuple(alpn_protocols)
-        for name in names:
-            if not 1 <= len(name.encode("ascii")) <= 255:
-                raise ssl.SSLError("ALPN protocols must be 1 to 255 bytes long")
-            if name == ALPN_PROTOCOL:
-                raise ValueError(f"{ALPN_PROTOCOL} is not an application's protocol: it is offered by itself")
-        self._alpn = names
-
-    @property  # type: ignore[override]
-    def minimum_version(self) -> ssl.TLSVersion:
-        """TLS 1.3, always. Setting a lower one asks for less than that, and changes nothing."""
-        return ssl.TLSVersion.TLSv1_3
-
-    @minimum_version.setter
-    def minimum_version(self, value: ssl.TLSVersion) -> None:
-        ssl.TLSVersion(value)
-
-    @property  # type: ignore[override]
-    def maximum_version(self) -> ssl.TLSVersion:
-        """TLS 1.3, always."""
-        return ssl.TLSVersion.TLSv1_3
-
-    @maximum_version.setter
-    def maximum_version(self, value: ssl.TLSVersion) -> None:
-        if value not in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.MAXIMUM_SUPPORTED):
-            raise ValueError("a hybrid connection is TLS 1.3: a lower maximum_version cannot be had")
-
-    @property
-    def options(self) -> ssl.Options:
-        """Kept for programs that read it back; TLS 1.3 without tickets, compression or renegotiation is fixed."""
-        return super().options
-
-    @options.setter
-    def options(self, value: int) -> None:
-        if value < 0:
-            raise OverflowError("options cannot be negative")
-        if value & ssl.OP_NO_TLSv1_3:
-            raise ValueError("a hybrid connection is TLS 1.3: OP_NO_TLSv1_3 cannot be had")
-        super(QKDContext, QKDContext).options.__set__(self, value)  # type: ignore[attr-defined]
-
-    def session_stats(self) -> dict[str, int]:
-        """Handshakes of this context by the standard library's names; sessions are never resumed, so these are 0."""
-        with self._lock:
-            return dict(self._handshakes)
-
-    def get_ciphers(self) -> list[Any]:
-        """The TLS 1.3 cipher suites; `set_ciphers` acts on older versions only, as in the standard library."""
-        return [cipher for cipher in super().get_ciphers() if cipher["protocol"] == "TLSv1.3"]
-
-    @property
-    def num_tickets(self) -> int:
-        """0: no connection is ever resumed without a fresh QKD key."""
-        return 0
-
-    @num_tickets.setter
-    def num_tickets(self, value: int) -> None:
-        if value != 0:
-            raise ValueError("no connection is ever resumed without a fresh QKD key: num_tickets stays 0")
-
-    # --- what cannot be honoured says so
-
-    def set_ecdh_curve(self, name: str) -> NoReturn:
-        """Not implemented."""
-        _refuse("set_ecdh_curve", f"give groups=[...{name!r}...] to the context")
-
-    def load_dh_params(self, path: object) -> NoReturn:
-        """Not implemented."""
-        _refuse("load_dh_params", "TLS 1.3 has named groups only")
-
-    def set_npn_protocols(self, npn_protocols: object) -> NoReturn:
-        """Not implemented."""
-        _refuse("set_npn_protocols", "use set_alpn_protocols")
-
-    def set_psk_client_callback(self, callback: object) -> NoReturn:
-        """Not implemented."""
-        _refuse("set_psk_client_callback", "the PSK of a connection is the hybrid one")
-
-    def set_psk_server_callback(self, callback: object, identity_hint: str | None = None) -> NoReturn:
-        """Not implemented."""
-        _refuse("set_psk_server_callback", "the PSK of a connection is the hybrid one")
-
-    # --- connections
-
-    def wrap_socket(  # type: ignore[override]
-        self,
-        sock: Socket,
-        server_side: bool = False,
-        do_handshake_on_connect: bool = True,
-        suppress_ragged_eofs: bool = True,
-        server_hostname: str | bytes | None = None,
-        session: None = None,
-    ) -> QKDSocket:
-        """Take over a TCP socket, as `ssl.SSLContext.wrap_socket` does; the result's `qkd` says what protects it.
-
-        During the handshake the key manager is called in this thread.
-
-        Raises:
-            QKDUnavailable: policy `require`, and no QKD key could be had.
-            QKDKeyMismatch: the two KMEs gave different keys.
-            QKDProtocolError: the peer broke the rules of qkd-tls/1.
-            ssl.SSLCertVerificationError, ssl.SSLError, TimeoutError, OSError: as in the standard library.
-        """
-        _no_session(session)
-        return self.sslsocket_class._create(
-            sock,
-            self,
-            server_side=server_side,
-            do_handshake_on_connect=do_handshake_on_connect,
-            suppress_ragged_eofs=suppress_ragged_eofs,
-            server_hostname=_ascii_hostname(server_hostname),
-        )
-
-    def wrap_bio(  # type: ignore[override]
-        self,
-        incoming: ssl.MemoryBIO,
-        outgoing: ssl.MemoryBIO,
-        server_side: bool = False,
-        server_hostname: str | bytes | None = None,
-        session: None = None,
-    ) -> QKDObject:
-        """A connection over memory, as `ssl.SSLContext.wrap_bio` makes it; the caller moves the ciphertext.
-
-        `do_handshake` calls the key manager in this thread, and waits for it: under asyncio, use `qkd_tls.aio`.
-        """
-        _no_session(session)
-        return self.sslobject_class._create(
-            incoming,
-            outgoing,
-            self,
-            server_side=server_side,
-            server_hostname=_ascii_hostname(server_hostname),
-        )
-
-    def new_engine(
-        self, *, server_side: bool, server_hostname: str | None = None, server_port: int | None = None
-    ) -> Engine:
-        """The state machine for one connection; for those who write their own driver.
-
-        `server_hostname` is ASCII; with `server_port`, services of one host keep associations of their own. Raises
-        ValueError or ssl.SSLError where this context cannot serve that side.
-        """
-        if server_side != self._server:
-            side, kind = ("server", "CLIENT") if server_side else ("client", "SERVER")
+    Raises:
+        ssl.SSLError: the data does not begin with one.
+    """
+    while data:
+        if data[0] != 0x30 or len(data) < 2:
             raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL, f"Cannot create a {side} socket with a PROTOCOL_TLS_{kind} context"
+                ssl.SSL_ERROR_SSL, "[SSL] not enough data: cadata does not contain a certificate"
             )
-        if server_side:
-            if server_hostname is not None:
-                raise ValueError("server_hostname can only be specified in client mode")
-            self._count("accept")
-            return ServerEngine(self._engine_config())
-        if self.check_hostname and not server_hostname:
-            raise ValueError("check_hostname requires server_hostname")
-        self._count("connect")
-        return ClientEngine(
-            self._engine_config(),
-            server_hostname=server_hostname,
-            server_port=server_port,
-            server_sae_id=self._peer_sae_ids.get(server_hostname or "", self._peer_sae_id),
-        )
-
-    def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> None:
-        """Ask the `sni_callback` what to do with a client that wants to reach `name`."""
-        callback: Any = self.sni_callback
-        cause: Exception | None = None
-        try:
-            answer = callback(connection, name, self) if callback is not None else None
-        except Exception as error:  # noqa: BLE001 - whatever the program's function raises
-            cause, answer = error, ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
-        chosen = connection.context
-        if answer is None and chosen._credentials is not None:
-            if chosen is not self:
-                # Counted where it is served, as OpenSSL does.
-                self._count("accept", -1)
-                chosen._count("accept")
-            engine.choose(chosen._engine_config())
-            return
-        if answer is None:
-            engine.refuse(
-                ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE,
-                ssl_error(
-                    ssl.SSLError, "[SSL] no certificate: call load_cert_chain() on the server's context first"
-                ),
-            )
-            return
-        try:
-            description = operator.index(answer)
-            if not 0 <= description <= _LARGEST_ALERT:
-                raise ValueError(f"no alert has the number {description}")
-        except (TypeError, ValueError) as error:
-            cause, description = error, ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
-        refusal = ssl_error(
-            ssl.SSLError,
-            f"[SSL] callback failed: the sni_callback refused the name {name!r} with alert {int(description)}"
-            + (f" ({cause!r})" if cause else ""),
-            "CALLBACK_FAILED",
-        )
-        refusal.__cause__ = cause
-        engine.refuse(description, refusal)
-
-    def _count(self, what: str, number: int = 1) -> None:
-        with self._lock:
-            self._handshakes[what] += number
-
-    def forget_associations(self) -> None:
-        """Wipe all association secrets and announced keys: the next connections are bootstraps."""
-        self._associations.clear()
-
-    def _engine_config(self) -> EngineConfig:
-        """What all connections share, made anew after a change of the settings."""
-        changes = self._changes
-        if self._config is None or changes != self._changes_seen:
-            with self._lock:
-                config = self._current_config()
-                self.__dict__["_changes_seen"] = changes
-                return config
-        return self._config
-
-    def _current_config(self) -> EngineConfig:
-        # Many programs set what is set already, for each connection: that is no change.
-        # Plain numbers: ssl.SSLContext makes enums of them each time.
-        base: Any = super(ssl.SSLContext, self)
-        # The two collections only grow: their sizes tell whether they have changed.
-        state = (
-            self._credentials,
-            len(self._trusted),
-            len(self._crls),
-            base.verify_mode,
-            base.verify_flags,
-            base.check_hostname,
-            self.hostname_checks_common_name,
-            self.post_handshake_auth,
-            self.keylog_filename,
-            self.sni_callback is None,
-            self.observer,
-            self._alpn,
-        )
-        config = self._config
-        if config is None or state != self._config_state:
-            config = self._new_config()
-            # Not by assignment, which would be a change.
-            self.__dict__.update(_config=config, _config_state=state)
-        return config
-
-    def _new_config(self) -> EngineConfig:
-        settings = TLSSettings(
-            server_side=self._server,
-            credentials=self._credentials,
-            trusted=tuple(self._trusted),
-            crls=tuple(self._crls),
-            verify_mode=self.verify_mode,
-            verify_flags=int(self.verify_flags),
-            check_hostname=self.check_hostname,
-            common_name_fallback=self.hostname_checks_common_name,
-            groups=self._groups,
-            cipher_suites=DEFAULT_CIPHER_SUITES[self._kdf],
-            post_handshake_auth=self.post_handshake_auth,
-            keylog_filename=self.keylog_filename,
-        )
-        manager = self._key_manager
-        return EngineConfig(
-            context=TLSContext(settings),
-            policy=self._policy,
-            associations=self._associations,
-            kms=manager.name if manager else "",
-            kms_protocol=manager.protocol if manager else "",
-            sae_id=manager.sae_id if manager else "",
-            allowed_peer_sae_ids=self._allowed,
-            alpn=self._alpn,
-            kdf=self._kdf,
-            kem=self._kem,
-            announced_keys=self._announced_keys,
-            pipelined=self._pipelined,
-            lifetime=self._lifetime,
-            max_keys=self._max_keys,
-            # Without a certificate it is time to say so when a client comes: it may be loaded until then.
-            chooses_by_name=self.sni_callback is not None or (self._server and self._credentials is None),
-            observer=self.observer,
-        )
+        size, header = data[1], 2
+        if size & 0x80:
+            header += size & 0x7F
+            size = int.from_bytes(data[2:header], "big")
+        yield data[: header + size]
+        data = data[header + size :]
 
 
-def create_default_context(
-    purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH,
-    *,
-    cafile: _StrPath | None = None,
-    capath: _StrPath | None = None,
-    cadata: str | Buffer | None = None,
-    **qkd: Any,
-) -> QKDContext:
-    """Mirrors `ssl.create_default_context`; `qkd` are the keyword arguments of `QKDContext`.
-
-    `ssl.Purpose.SERVER_AUTH` makes a client's context, which verifies certificates and host names against `cafile`,
-    `capath`, `cadata` or the system's CAs; `ssl.Purpose.CLIENT_AUTH` makes a server's. As there, the
-    environment variable `SSLKEYLOGFILE` names a file that the secrets of all connections are written to.
-    """
-    if not isinstance(purpose, ssl.Purpose):
-        raise TypeError(purpose)
-    is_client = purpose == ssl.Purpose.SERVER_AUTH
-    context = QKDContext(ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER, **qkd)
-    if sys.version_info >= (3, 13):
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
-    if cafile or capath or cadata:
-        context.load_verify_locations(cafile, capath, cadata)
-    elif context.verify_mode != ssl.CERT_NONE:
-        context.load_default_certs(purpose)
-    keylog_filename = os.environ.get("SSLKEYLOGFILE")
-    if keylog_filename and not sys.flags.ignore_environment:
-        context.keylog_filename = keylog_filename
-    return context
-
-
-def _no_session(session: None) -> None:
-    if session is not None:
-        raise ValueError("no connection is ever resumed without a fresh QKD key: session must be None")
-
-
-def _refuse(what: str, instead: str) -> NoReturn:
-    raise NotImplementedError(f"QKDContext has no {what}: {instead}")
-
-
-def _ascii_hostname(name: str | bytes | None) -> str | None:
-    if name is None:
-        return None
-    text = name.decode("ascii") if isinstance(name, bytes | bytearray) else name
-    if not text or text.startswith("."):
-        raise UnicodeError("server_hostname cannot be an empty string or start with a leading dot.")
-    if "\0" in text:
-        raise TypeError("server_hostname must not contain null characters")
-    ascii_text = text if text.isascii() else text.encode("idna").decode("ascii")
-    if len(ascii_text) > 253:
-        raise ValueError("server_hostname is longer than 253 characters")
-    return ascii_text
-
-
-class _Passphrase:
+class Passphrase:
     """Gives the password of a private key when OpenSSL asks for it."""
 
-    def __init__(self, password: _Password) -> None:
+    def __init__(self, password: Password) -> None:
         self.error: Exception | None = None
         """Why the program's function has given none."""
         self._ask = password if callable(password) else None
         self._given = b"" if callable(password) else self._checked(password, "password should be a string")
 
     def __call__(self, *_: object) -> bytes:
+        """The password. Raises what the program's function raises, TypeError and ValueError for what is none."""
         if self._ask is None:
             return self._given
         try:
@@ -632,18 +108,3 @@ class _Passphrase:
         if len(password) > _LONGEST_PASSWORD:
             raise ValueError(f"password cannot be longer than {_LONGEST_PASSWORD} bytes")
         return password
-
-
-def _split_der(data: bytes) -> Iterator[bytes]:
-    """The certificates in concatenated DER; each is a SEQUENCE that says how long it is."""
-    while data:
-        if data[0] != 0x30 or len(data) < 2:
-            raise ssl.SSLError(
-                ssl.SSL_ERROR_SSL, "[SSL] not enough data: cadata does not contain a certificate"
-            )
-        size, header = data[1], 2
-        if size & 0x80:
-            header += size & 0x7F
-            size = int.from_bytes(data[2:header], "big")
-        yield data[: header + size]
-        data = data[header + size :]

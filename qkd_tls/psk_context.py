@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import ssl
 from socket import socket
-from typing import TYPE_CHECKING, Final, cast
+from typing import Any, Final, NoReturn
 
-from qkd_tls.engine import Established, NeedData
+from qkd_tls.endpoint import Endpoint
+from qkd_tls.engine import Established, NeedData, ServerEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.info import Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
 from qkd_tls.socket import QKDSocket
-
-if TYPE_CHECKING:
-    from qkd_tls.context import QKDContext
 
 __all__ = ["PSKContext", "PSKSocket"]
 
@@ -60,35 +58,63 @@ class PSKContext:
             TLSSettings(server_side=server_side, groups=_GROUPS, cipher_suites=KDF.SHA384.cipher_suites)
         )
 
-    def wrap_socket(self, sock: socket, *, server_hostname: str | None = None) -> PSKSocket:
-        """Take over a connected socket and shake hands, within its timeout.
+    @property
+    def key_manager(self) -> None:
+        """None: no KMS is asked."""
+        return
+
+    @property
+    def verify_mode(self) -> ssl.VerifyMode:
+        """`CERT_NONE`: there are no certificates."""
+        return ssl.CERT_NONE
+
+    def wrap_socket(
+        self,
+        sock: socket,
+        *,
+        server_side: bool | None = None,
+        do_handshake_on_connect: bool = True,
+        suppress_ragged_eofs: bool = True,
+        server_hostname: str | None = None,
+    ) -> PSKSocket:
+        """Take over a socket and, if it is connected, shake hands within its timeout.
 
         Args:
             sock: a stream socket.
+            server_side: that of the context, which is also the default.
+            do_handshake_on_connect: False: the program calls `do_handshake`, or reads or writes first.
+            suppress_ragged_eofs: False: a stream that ends without close_notify raises SSLEOFError.
             server_hostname: client: name for the server to see, in the clear. Nothing is compared with it: the PSK says
                 who the server is.
 
         Raises:
-            ssl.SSLError: the peer has not this PSK, or no TLS 1.3 with these algorithms.
+            ValueError: the context is for the other side.
+            ssl.SSLError: the peer does not have this PSK, or no TLS 1.3 with these algorithms.
             TimeoutError, OSError: as in the standard library.
         """
         return PSKSocket._create(
             sock,
-            cast("QKDContext", self),
-            server_side=self.server_side,
-            do_handshake_on_connect=True,
-            suppress_ragged_eofs=True,
+            self,
+            server_side=self.server_side if server_side is None else server_side,
+            do_handshake_on_connect=do_handshake_on_connect,
+            suppress_ragged_eofs=suppress_ragged_eofs,
             server_hostname=server_hostname,
         )
 
     def new_engine(
-        self, *, server_side: bool, server_hostname: str | None, server_port: object
-    ) -> _PSKEngine:
-        """For the socket: the handshake of one connection."""
-        return _PSKEngine(TLSConnection(self._tls, server_hostname=server_hostname, psk=self._psk))
+        self, *, server_side: bool, server_hostname: str | None, server_port: int | None
+    ) -> _PSKHandshake:
+        """The handshake of one connection, for its socket. Raises ValueError if the context is for the other side."""
+        if server_side != self.server_side:
+            ours = "server" if self.server_side else "client"
+            raise ValueError(f"this PSKContext is a {ours}'s: server_side must be {self.server_side}")
+        return _PSKHandshake(TLSConnection(self._tls, server_hostname=server_hostname, psk=self._psk))
+
+    def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> NoReturn:
+        raise NotImplementedError("a PSKContext has no sni_callback")
 
     def _count(self, what: str) -> None:
-        """Nothing: these contexts keep no statistics."""
+        """Keep no statistics."""
 
     def __repr__(self) -> str:
         """The identity, not the secret."""
@@ -101,14 +127,27 @@ class PSKSocket(QKDSocket):
     `qkd.group` names the key exchange; `qkd.protection` says what that gives, to which the PSK adds.
     """
 
+    @property
+    def context(self) -> Any:
+        """The `PSKContext` of this connection, which keeps it."""
+        return self._context
+
+    @context.setter
+    def context(self, value: object) -> NoReturn:
+        raise TypeError("a PSK connection keeps its PSKContext")
+
+    def verify_client_post_handshake(self) -> NoReturn:
+        """Not implemented: a PSK connection has no certificates."""
+        raise NotImplementedError("a PSK connection has no certificates")
+
     def _warn(self, info: QKDInfo) -> None:
-        """Nothing: the PSK protects the connection also where the group has no ML-KEM."""
+        """Stay silent: the PSK protects the connection even if the group has no ML-KEM."""
 
 
-class _PSKEngine:
-    """The part of `Engine` that a socket drives: what is to be sent is there before the socket waits."""
+class _PSKHandshake:
+    """The handshake of one connection: what is to be sent is there before the socket waits."""
 
-    peer_certificate = None
+    peer_certificate: bytes | None = None
 
     def __init__(self, connection: TLSConnection) -> None:
         self.connection = connection
@@ -149,4 +188,4 @@ class _PSKEngine:
         )
 
     def abort(self) -> None:
-        """Nothing: no secrets are held here."""
+        """Do nothing: no secrets are held here."""

@@ -15,15 +15,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar
 
-from qkd_tls.endpoint import Endpoint
-from qkd_tls.engine import Engine
+from qkd_tls.endpoint import Endpoint, EndpointContext, Handshake
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
-
-if TYPE_CHECKING:
-    from qkd_tls.context import QKDContext
 
 __all__ = ["QKDSocket"]
 
@@ -57,7 +53,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     def _create(
         cls,
         sock: socket.socket,
-        context: QKDContext,
+        context: EndpointContext,
         *,
         server_side: bool,
         do_handshake_on_connect: bool,
@@ -123,9 +119,9 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             raise closed
         return False
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Handshake) -> None:
         self._connected = True
-        self._engine = engine
+        self._begin(engine)
         socket.socket.setblocking(self, False)
 
     # --- waiting: the one place

@@ -8,33 +8,15 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from qkd_tls.endpoint import Endpoint
-from qkd_tls.engine import Engine
+from qkd_tls.endpoint import Endpoint, EndpointContext
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
 
-if TYPE_CHECKING:
-    from qkd_tls.context import QKDContext
-
-__all__ = ["Adopter", "QKDObject", "adopter"]
+__all__ = ["QKDObject"]
 
 _T = TypeVar("_T")
-
-
-class Adopter(Protocol):
-    """Looks after the handshake of a connection that is being made."""
-
-    server_port: int | None
-
-    def adopt(self, connection: QKDObject, engine: Engine) -> None:
-        """Called with the new connection."""
-
-
-adopter: Final[ContextVar[Adopter | None]] = ContextVar("qkd_tls.adopter", default=None)
-"""Set by `qkd_tls.aio` around asyncio's functions, through which it cannot pass anything but a context."""
 
 
 class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
@@ -45,10 +27,6 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
     server_hostname: str | None = None
     _incoming: ssl.MemoryBIO
     _outgoing: ssl.MemoryBIO
-    _turn: Callable[[], object] | None = None
-    """Called before the handshake goes on; raises SSLWantReadError where others come first."""
-    _farewell: Callable[[bytes], object] | None = None
-    """Takes the last ciphertext of a handshake that has failed, where the caller would not fetch it."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("QKDObject has no public constructor: use QKDContext.wrap_bio")
@@ -58,7 +36,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         cls,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
-        context: QKDContext,
+        context: EndpointContext,
         *,
         server_side: bool,
         server_hostname: str | None,
@@ -68,15 +46,13 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         self = cls.__new__(cls)
         self._initialise(context, server_side=server_side, server_hostname=server_hostname)
         self._incoming, self._outgoing = incoming, outgoing
-        keeper = adopter.get()
-        engine = context.new_engine(
-            server_side=server_side,
-            server_hostname=server_hostname,
-            server_port=keeper.server_port if keeper is not None and not server_side else None,
+        self._begin(
+            context.new_engine(
+                server_side=server_side,
+                server_hostname=server_hostname,
+                server_port=None if server_side else self._driver.server_port,
+            )
         )
-        self._engine = engine
-        if keeper is not None:
-            keeper.adopt(self, engine)
         return self
 
     # --- handshake
@@ -86,8 +62,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
 
         Raises SSLWantReadError until the handshake is complete; the errors of `QKDContext.wrap_socket` beside.
         """
-        if self._turn is not None:
-            self._turn()
+        self._driver.take_turn()
         with self._lock:
             try:
                 while self._engine is not None:
@@ -99,8 +74,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
                     self._engine.abort()
                     # The peer should learn why.
                     self._send_ciphertext(self._engine.data_to_send())
-                    if self._farewell is not None:
-                        self._farewell(self._outgoing.read())
+                    self._driver.take_last_words(self._outgoing)
                 raise
 
     def _send_ciphertext(self, data: bytes) -> None:

@@ -11,7 +11,8 @@ except ImportError as error:
         " `pip install 'qkd-tls[emulator]'`"
     ) from error
 
-from kms_client.emulator.kme import KME, Faults, Limits
+from kms_client.emulator.delivery import Faults, Limits
+from kms_client.emulator.kme import KME
 from kms_client.emulator.pair import KMEPair, RunningPair, run_pair
 from kms_client.emulator.pki import DemoPKI, add_sae, ensure_demo_pki, write_demo_pki
 from kms_client.emulator.source import KeySource, OSRandomSource

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kms_client.emulator.kme import KME, server_context
-from kms_client.emulator.kme_sync_tls import ConnectingLink, ListeningLink, client_context
+from kms_client.emulator.kme_sync_tls import ConnectingSync, ListeningSync, client_context
 from kms_client.emulator.link.party import Settings
 from kms_client.emulator.link.photonics.parameters import DEFAULT
 from kms_client.emulator.pair import KMEPair
@@ -144,24 +144,24 @@ def _run_serve(arguments: argparse.Namespace, stack: ExitStack) -> None:
         raise ValueError("side b needs --link HOST:PORT, side a takes none")
     pki = _pki(arguments)
     store = KeyStore(arguments.key_size, arguments.buffer)
-    link: ListeningLink | ConnectingLink
+    sync: ListeningSync | ConnectingSync
     if arguments.side == "a":
         ids, saes, cert, key = (KME_ID_A, KME_ID_B), (pki.sae_a, pki.sae_b), pki.kme_a_cert, pki.kme_a_key
         context = server_context(cert, key, pki.kms_ca)
         source = OSRandomSource(arguments.rate, arguments.key_size)
         initial = arguments.buffer if arguments.initial is None else arguments.initial
-        link = ListeningLink(store, source, initial, ids[1], context)
+        sync = ListeningSync(store, source, initial, ids[1], context)
     else:
         ids, saes, cert, key = (KME_ID_B, KME_ID_A), (pki.sae_b, pki.sae_a), pki.kme_b_cert, pki.kme_b_key
         context = server_context(cert, key, pki.kms_ca)
         link_host, link_port = _host_and_port(arguments.link)
-        link = ConnectingLink(store, ids[1], client_context(cert, key, pki.kms_ca))
+        sync = ConnectingSync(store, ids[1], client_context(cert, key, pki.kms_ca))
     kme = KME(
         *ids,
         saes[:1],
         saes[1:],
         store,
-        link,
+        sync,
         local_slaves=arguments.local_slaves,
         on_delivery=_recorder(arguments, stack),
     )
@@ -172,16 +172,16 @@ def _run_serve(arguments: argparse.Namespace, stack: ExitStack) -> None:
             "kmes": [_described(arguments.side, kme, arguments.host)],
             "dir": str(pki.directory),
         }
-        if isinstance(link, ListeningLink):
-            port = await link.start(arguments.host, arguments.link_port)
+        if isinstance(sync, ListeningSync):
+            port = await sync.start(arguments.host, arguments.link_port)
             ready["link"] = f"{arguments.host}:{port}"
         else:
-            link.start(link_host, link_port)
+            sync.start(link_host, link_port)
             ready["link"] = arguments.link
         return ready
 
     async def stop() -> None:
-        await link.stop()
+        await sync.stop()
         await kme.stop()
 
     asyncio.run(_run(arguments, start, stop))

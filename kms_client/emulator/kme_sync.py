@@ -1,4 +1,4 @@
-"""The link between two KMEs of one process, and what any link is to a KME."""
+"""Two KMEs agree on which keys both hold, and for whom they are: within one process."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import NamedTuple, Protocol
 from kms_client.emulator.source import KeySource
 from kms_client.emulator.store import Assignment, KeyStore, NotFound
 
-__all__ = ["DirectLink", "LinkDown", "LinkEnd", "NewKey", "feed", "new_keys"]
+__all__ = ["DirectSync", "NewKey", "PeerKME", "PeerKMEDown", "feed", "new_keys"]
 
 _TICK = 0.02  # seconds between looks at the source
 
 
-class LinkDown(Exception):
+class PeerKMEDown(Exception):
     """The other KME could not be told, or refused: the keys concerned are not to be delivered."""
 
 
-class LinkEnd(Protocol):
-    """A KME's view of its link."""
+class PeerKME(Protocol):
+    """The other KME, as one sees it."""
 
     @property
     def up(self) -> bool:
-        """Whether the other KME can be reached, as far as is known."""
+        """True if the other KME can be reached, as far as is known."""
         ...
 
     async def assign(self, assignments: list[Assignment]) -> None:
         """Tell the other KME to whom keys go; returns when it has done so.
 
         Raises:
-            LinkDown: it has not, or it is not known whether it has.
+            PeerKMEDown: it has not, or it is not known whether it has.
         """
         ...
 
@@ -67,7 +67,7 @@ async def feed(source: KeySource, put: Callable[[int], Awaitable[None]]) -> None
         last = now
 
 
-class DirectLink:
+class DirectSync:
     """Joins two stores in one process.
 
     Args:
@@ -81,8 +81,8 @@ class DirectLink:
         self._source = source
         self._store_a = store_a
         self._store_b = store_b
-        self.end_a = _DirectEnd(store_b)
-        self.end_b = _DirectEnd(store_a)
+        self.end_a = _DirectPeer(store_b)
+        self.end_b = _DirectPeer(store_a)
 
     async def put(self, number: int) -> None:
         """Put up to `number` new keys into both stores."""
@@ -97,16 +97,16 @@ class DirectLink:
         await feed(self._source, self.put)
 
 
-class _DirectEnd:
+class _DirectPeer:
     def __init__(self, other: KeyStore) -> None:
         self.up = True  # set to False while the KME at the other end is stopped
         self._other = other
 
     async def assign(self, assignments: list[Assignment]) -> None:
         if not self.up:
-            raise LinkDown
+            raise PeerKMEDown
         try:
             for assignment in assignments:
                 self._other.assign(assignment)
         except NotFound:
-            raise LinkDown from None
+            raise PeerKMEDown from None

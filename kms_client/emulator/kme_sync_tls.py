@@ -1,4 +1,4 @@
-"""The link between two KMEs of two processes: JSON lines over mutual TLS.
+"""Two KMEs agree on which keys both hold, and for whom they are: JSON lines over mutual TLS.
 
 Side A has the key source and listens, side B connects and connects again. Whenever they are joined, both tell
 which unassigned keys they have and drop what the other has not. From then on messages arrive in order, so
@@ -18,11 +18,11 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from kms_client.emulator.kme_sync import LinkDown, feed, new_keys
+from kms_client.emulator.kme_sync import PeerKMEDown, feed, new_keys
 from kms_client.emulator.source import KeySource
 from kms_client.emulator.store import Assignment, KeyStore, NotFound
 
-__all__ = ["ConnectingLink", "ListeningLink", "client_context"]
+__all__ = ["ConnectingSync", "ListeningSync", "client_context"]
 
 _log = logging.getLogger("kms_client.emulator")
 
@@ -31,7 +31,7 @@ _RETRY = 0.25  # seconds between attempts to connect
 _MAX_LINE = 1 << 25  # bytes: the IDs of some 700,000 keys
 
 
-class _StreamLink:
+class _Sync:
     """What both sides do once they are connected."""
 
     def __init__(self, store: KeyStore, peer_kme_id: str) -> None:
@@ -47,10 +47,10 @@ class _StreamLink:
         return self._writer is not None
 
     async def assign(self, assignments: list[Assignment]) -> None:
-        """Tell the other KME and wait for its word; see `LinkEnd`."""
+        """Tell the other KME and wait for its word; see `PeerKME`."""
         writer = self._writer
         if writer is None:
-            raise LinkDown
+            raise PeerKMEDown
         self._count += 1
         number = self._count
         ack = self._acks[number] = asyncio.get_running_loop().create_future()
@@ -60,11 +60,11 @@ class _StreamLink:
         except TimeoutError:
             # Whether the other end has done it is unknown: start afresh.
             writer.transport.abort()
-            raise LinkDown from None
+            raise PeerKMEDown from None
         finally:
             del self._acks[number]
         if not done:
-            raise LinkDown
+            raise PeerKMEDown
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Agree on the keys and handle messages until the connection ends."""
@@ -124,7 +124,7 @@ class _StreamLink:
         return message
 
 
-class ListeningLink(_StreamLink):
+class ListeningSync(_Sync):
     """Side A of a link: holds the source and listens for side B.
 
     Args:
@@ -199,7 +199,7 @@ class ListeningLink(_StreamLink):
             )
 
 
-class ConnectingLink(_StreamLink):
+class ConnectingSync(_Sync):
     """Side B of a link: connects to side A, again and again.
 
     Args:

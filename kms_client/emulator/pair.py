@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kms_client.emulator.kme import KME, Faults, Limits, server_context
-from kms_client.emulator.kme_sync import DirectLink
+from kms_client.emulator.delivery import Faults, Limits
+from kms_client.emulator.kme import KME, server_context
+from kms_client.emulator.kme_sync import DirectSync
 from kms_client.emulator.pki import KME_ID_A, KME_ID_B, DemoPKI, ensure_demo_pki
 from kms_client.emulator.source import KeySource, OSRandomSource
 from kms_client.emulator.store import Delivery, KeyStore
@@ -54,7 +55,7 @@ class KMEPair:
         more = more_saes or {}
         saes_a, saes_b = [pki.sae_a, *more.get("a", ())], [pki.sae_b, *more.get("b", ())]
         stores = KeyStore(source.key_size, buffer), KeyStore(source.key_size, buffer)
-        self._link = DirectLink(source, *stores)
+        self._sync = DirectSync(source, *stores)
         self._initial = buffer if initial is None else initial
         self.kmes: dict[Side, KME] = {
             "a": KME(
@@ -63,7 +64,7 @@ class KMEPair:
                 saes_a,
                 saes_b,
                 stores[0],
-                self._link.end_a,
+                self._sync.end_a,
                 limits=limits,
                 local_slaves=local_slaves,
                 on_delivery=on_delivery,
@@ -74,7 +75,7 @@ class KMEPair:
                 saes_b,
                 saes_a,
                 stores[1],
-                self._link.end_b,
+                self._sync.end_b,
                 limits=limits,
                 local_slaves=local_slaves,
                 on_delivery=on_delivery,
@@ -88,14 +89,14 @@ class KMEPair:
 
     async def start(self, host: str = "127.0.0.1", port_a: int = 0, port_b: int = 0) -> None:
         """Fill the buffers and listen on both ports."""
-        await self._link.put(2 * self._initial)
+        await self._sync.put(2 * self._initial)
         await self.start_kme("a", host, port_a)
         try:
             await self.start_kme("b", host, port_b)
         except BaseException:
             await self.stop_kme("a")
             raise
-        self._running = asyncio.create_task(self._link.run())
+        self._running = asyncio.create_task(self._sync.run())
 
     async def stop(self) -> None:
         """Stop both KMEs and the link."""
@@ -116,7 +117,7 @@ class KMEPair:
         await self.kmes[side].stop()
 
     def _set_up(self, side: Side, up: bool) -> None:
-        end_at_the_other = self._link.end_b if side == "a" else self._link.end_a
+        end_at_the_other = self._sync.end_b if side == "a" else self._sync.end_a
         end_at_the_other.up = up
 
 

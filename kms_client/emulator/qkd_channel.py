@@ -18,7 +18,7 @@ from kms_client.emulator.link.authentication.channel import ClassicalChannel
 from kms_client.emulator.link.authentication.interceptor import Interceptor
 from kms_client.emulator.link.authentication.reserve import Direction, KeyReserve
 from kms_client.emulator.link.authentication.session import Rebootstrap, Session
-from kms_client.emulator.link.party import Part
+from kms_client.emulator.link.messages import Part
 from kms_client.emulator.qkd_wire import Streams
 
 __all__ = ["AnchorFile", "Authentication", "Conversation", "certificates"]

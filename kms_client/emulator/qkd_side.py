@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 import numpy as np
 
 from kms_client.emulator.kme import KME, server_context
-from kms_client.emulator.kme_sync_tls import ConnectingLink, ListeningLink, client_context
+from kms_client.emulator.kme_sync_tls import ConnectingSync, ListeningSync, client_context
 from kms_client.emulator.link.alice import Alice, described
 from kms_client.emulator.link.authentication.authenticators import SharedSecret
 from kms_client.emulator.link.authentication.errors import AuthenticationFailed, ChannelError
@@ -20,7 +20,8 @@ from kms_client.emulator.link.authentication.session import Rebootstrap
 from kms_client.emulator.link.bob import Bob
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Figures
-from kms_client.emulator.link.party import LinkError, Offload, SecretKey, Settings
+from kms_client.emulator.link.messages import LinkError
+from kms_client.emulator.link.party import Offload, SecretKey, Settings
 from kms_client.emulator.link.photonics.line import Line
 from kms_client.emulator.link.photonics.parameters import Optics
 from kms_client.emulator.link.photonics.receiver import Receiver
@@ -163,18 +164,18 @@ class QKDSide:
         )
         self.figures.authentication = self._authentication.figures
         self._context = server_context(cert, key, pki.kms_ca)
-        self._link: ListeningLink | ConnectingLink
+        self._sync: ListeningSync | ConnectingSync
         if is_a:
-            self._link = ListeningLink(self.store, None, 0, peer_kme_id, self._context)
+            self._sync = ListeningSync(self.store, None, 0, peer_kme_id, self._context)
         else:
-            self._link = ConnectingLink(self.store, peer_kme_id, client_context(cert, key, pki.kms_ca))
+            self._sync = ConnectingSync(self.store, peer_kme_id, client_context(cert, key, pki.kms_ca))
         self.kme = KME(
             kme_id,
             peer_kme_id,
             [sae],
             [peer_sae],
             self.store,
-            self._link,
+            self._sync,
             local_slaves=local_slaves,
             on_delivery=self._delivered,
         )
@@ -219,14 +220,14 @@ class QKDSide:
 
     async def listen(self, host: str, link_port: int = 0, fibre_port: int = 0) -> tuple[int, int]:
         """Side A: listen for side B. The ports, of the KMEs' link and of the fibre, which are free ones for 0."""
-        assert isinstance(self._link, ListeningLink)
+        assert isinstance(self._sync, ListeningSync)
         self.figures.set_state("down", "waiting for side B")
-        return await self._link.start(host, link_port), await self._fibre.start(host, fibre_port)
+        return await self._sync.start(host, link_port), await self._fibre.start(host, fibre_port)
 
     def connect(self, link: tuple[str, int], fibre: tuple[str, int]) -> None:
         """Side B: connect to side A, again and again."""
-        assert isinstance(self._link, ConnectingLink)
-        self._link.start(*link)
+        assert isinstance(self._sync, ConnectingSync)
+        self._sync.start(*link)
         self._tasks.append(asyncio.create_task(self._connect(*fibre)))
 
     async def stop(self) -> None:
@@ -237,7 +238,7 @@ class QKDSide:
         await self._end_session()
         if self.side == "a":
             await self._fibre.stop()
-        await self._link.stop()
+        await self._sync.stop()
         await self.kme.stop()
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from kms_client.emulator.delivery import KeyDelivery
 from kms_client.emulator.refusal import Refused, query_integer
-
-if TYPE_CHECKING:
-    from kms_client.emulator.kme import KME
-    from kms_client.emulator.store import Role
+from kms_client.emulator.store import Role
 
 __all__ = ["SkipInterface"]
 
@@ -30,7 +27,7 @@ _KEY_ID = re.compile("[0-9a-f]{32}")
 class SkipInterface:
     """The four requests of SKIP."""
 
-    def __init__(self, kme: KME) -> None:
+    def __init__(self, kme: KeyDelivery) -> None:
         """Answer with the keys of `kme`."""
         self._kme = kme
 

@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio.to_thread
 from anyio.abc import AnyByteStream, ByteStream
 from anyio.streams.tls import TLSStream
 
+from kms_client import KeyManager
 from qkd_tls.context import QKDContext
-from qkd_tls.endpoint import KeyRequest, KeysWanted
+from qkd_tls.endpoint import Driver, Handshake, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
 from qkd_tls.engine import Engine
-from qkd_tls.fetch import fetch_keys
-from qkd_tls.sslobject import QKDObject, adopter
 
 __all__ = ["wrap_stream"]
 
 
-class _Keeper(ByteStream):
-    """The transport of one connection. Where the handshake waits for keys, receiving waits for them."""
+class _StreamDriver(Driver):
+    """Puts the engine's request down, for the stream to answer."""
 
-    server_port: int | None = None
+    def __init__(self) -> None:
+        self._engine: Handshake | None = None
+        self._asked: tuple[KeyRequest, KeyManager] | None = None
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._connection: QKDObject | None = None
-        self._engine: Engine | None = None
-        self._request: KeyRequest | None = None
+    def begin(self, engine: Handshake) -> None:
+        self._engine = engine
 
-    def adopt(self, connection: QKDObject, engine: Engine) -> None:
-        """Called by the connection that is being made."""
-        self._connection, self._engine = connection, engine
-        connection._ask = self._ask
-
-    def _ask(self, request: KeyRequest) -> Any:
-        self._request = request
+    def fetch(self, request: KeyRequest, manager: KeyManager) -> NoReturn:
+        self._asked = request, manager
         raise KeysWanted(request)
 
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        if self._request is None:
-            data: bytes = await self._stream.receive(max_bytes)
-            return data
-        assert self._engine is not None and self._connection is not None
-        manager = self._connection.context.key_manager
-        assert manager is not None
-        request, self._request = self._request, None
+    async def answer(self) -> bool:
+        """Ask the key manager if the handshake waits for it; return whether it did."""
+        if self._asked is None:
+            return False
+        (request, manager), self._asked = self._asked, None
+        assert isinstance(self._engine, Engine)
         # Not abandoned on cancellation: the keys have to be wiped.
         self._engine.keys(await anyio.to_thread.run_sync(fetch_keys, request, manager))
-        # No new bytes: the handshake goes on.
-        return b""
+        return True
+
+    def end(self) -> None:
+        self._engine = None
+
+    def give_up(self) -> None:
+        if self._engine is not None:
+            self._engine.abort()
+
+
+class _Stream(ByteStream):
+    """The transport of one connection. If the handshake waits for keys, receiving waits for them."""
+
+    def __init__(self, stream: Any, driver: _StreamDriver) -> None:
+        self._stream = stream
+        self._driver = driver
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if await self._driver.answer():
+            # No new bytes: the handshake goes on.
+            return b""
+        data: bytes = await self._stream.receive(max_bytes)
+        return data
 
     async def send(self, item: bytes) -> None:
         await self._stream.send(item)
@@ -57,9 +69,7 @@ class _Keeper(ByteStream):
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
-        if self._engine is not None:
-            # Nothing where the handshake is complete.
-            self._engine.abort()
+        self._driver.give_up()
         await self._stream.aclose()
 
     @property
@@ -77,18 +87,18 @@ async def wrap_stream(
 ) -> TLSStream:
     """As `TLSStream.wrap`; `extra(TLSAttribute.ssl_object).qkd` says what protects the stream.
 
-    Raises what `TLSStream.wrap` raises, and the errors of `QKDContext.wrap_socket`. A cancellation waits for the answer
+    Raises the errors of `TLSStream.wrap` and of `QKDContext.wrap_socket`. A cancellation waits for the answer
     of a KMS that has been asked.
     """
-    keeper = _Keeper(stream)
-    token = adopter.set(keeper)
+    driver = _StreamDriver()
+    token = driver_in_charge.set(driver)
     try:
         return await TLSStream.wrap(
-            keeper,
+            _Stream(stream, driver),
             server_side=server_side,
             hostname=hostname,
             ssl_context=context,
             standard_compatible=standard_compatible,
         )
     finally:
-        adopter.reset(token)
+        driver_in_charge.reset(token)

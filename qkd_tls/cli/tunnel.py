@@ -28,7 +28,7 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
     """Run the command."""
     # Only who runs a tunnel waits for its modules.
     from qkd_tls import tunnel
-    from qkd_tls.configuration.tables import ConfigError
+    from qkd_tls.configuration import ConfigError
 
     file = Path(arguments.config)
     try:

@@ -1,14 +1,11 @@
-"""Configuration files: `tables` reads TOML, `key_managers` and `contexts` say what the tables mean."""
+"""Configuration files: `tables` reads TOML; `key_managers` and `contexts` say what the tables mean."""
 
-from qkd_tls.configuration.contexts import (
+from qkd_tls.configuration.contexts import Role, Sections, TLSFiles, load_context
+from qkd_tls.configuration.key_managers import (
     FailoverSettings,
-    KeySource,
+    KeyManagerSettings,
     KMESettings,
     PoolSettings,
-    Role,
-    Sections,
-    TLSFiles,
-    load_context,
 )
 from qkd_tls.configuration.tables import REQUIRED, ConfigError, Table, read_file
 
@@ -17,7 +14,7 @@ __all__ = [
     "ConfigError",
     "FailoverSettings",
     "KMESettings",
-    "KeySource",
+    "KeyManagerSettings",
     "PoolSettings",
     "Role",
     "Sections",

@@ -1,4 +1,4 @@
-"""Configuration files: TOML, read strictly. What the tables of a file mean is in `configured`.
+"""Tables of a TOML file, read strictly.
 
 Every mistake is a `ConfigError` that names file, table and key. Unknown keys are mistakes: a misspelt limit must not be
 no limit. Secrets are never in the file itself, which names the files that they are in.

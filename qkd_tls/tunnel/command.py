@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from qkd_tls.configuration.tables import ConfigError
+from qkd_tls.configuration import ConfigError
 from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning
 
 __all__ = ["check", "run"]

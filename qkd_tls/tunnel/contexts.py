@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kms_client import KeyManager
-from qkd_tls.configuration.contexts import KeySource, TLSFiles
+from qkd_tls.configuration import KeyManagerSettings, TLSFiles
 from qkd_tls.context import QKDContext
 from qkd_tls.tunnel.kme import CountedKeyManager
 from qkd_tls.tunnel.metrics import Metrics
@@ -29,7 +29,7 @@ class Contexts:
     """Contexts by name of their table, and key managers by what they are made of."""
 
     tls: dict[str, QKDContext] = field(default_factory=dict)
-    managers: dict[tuple[KeySource, _Digests], KeyManager] = field(default_factory=dict)
+    managers: dict[tuple[KeyManagerSettings, _Digests], KeyManager] = field(default_factory=dict)
     _made_of: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from qkd_tls.configuration.tables import ConfigError
+from qkd_tls.configuration import ConfigError
 from qkd_tls.tunnel.address import TCP, Address, Unix
 from qkd_tls.tunnel.audit import AuditLog
 from qkd_tls.tunnel.connection import Reporting

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qkd_tls.configuration.contexts import Sections, TLSFiles
-from qkd_tls.configuration.tables import ConfigError, Table, read_file
+from qkd_tls.configuration import ConfigError, Sections, Table, TLSFiles, read_file
 from qkd_tls.tunnel.address import TCP, Activated, Address, Unix, parse
 
 __all__ = ["Limits", "ServiceSettings", "Settings", "TunnelSettings", "load"]

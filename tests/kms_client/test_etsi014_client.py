@@ -382,7 +382,12 @@ class TestTransport:
         with scripted(pki, *answers) as (client, _):
             client.get_keys("SAE-B")
             parents = client._https._idle[0]
-            client._https._pid = os.getpid() + 1  # as a child finds it
+            pid = os.fork()
+            if pid == 0:
+                os._exit(len(client._https._idle))
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert client._https._idle[0] is parents
+            client._https.forget()  # as in the child, where the next connection can be looked at
             client.get_keys("SAE-B")
             assert client._https._idle[0] is not parents
             parents.close()

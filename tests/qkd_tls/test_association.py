@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -428,12 +427,11 @@ class TestFork:
         assert store.by_scope("scope", NOW) is association
         assert association.announced == 1
 
-    def test_what_the_child_does_at_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_the_child_does_at_first(self) -> None:
         """The same in this process, where it can be looked at."""
         store, association = AssociationStore(), made()
         store.add(association, "scope")
-        monkeypatch.setattr(association_module, "_stores", weakref.WeakSet([store]))
-        association_module._after_fork_in_child()
+        store.forget()
         assert len(store) == 0
         assert store.by_scope("scope", NOW) is None
         # The parent's, not the child's to wipe.

@@ -210,7 +210,7 @@ class TestEndpoint:
             client.context = other
             assert client.context is other
             with pytest.raises(TypeError, match="must be a QKDContext"):
-                client.context = local.stock_client()  # type: ignore[assignment]
+                client.context = local.stock_client()
             with pytest.raises(ValueError, match="ever resumed"):
                 client.session = object()
 

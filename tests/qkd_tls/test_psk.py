@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kms_client import NoKeysLeft
+from qkd_tls.endpoint import fetch_keys
 from qkd_tls.engine import FetchKeys, FetchKeysByID
-from qkd_tls.fetch import fetch_keys
 from qkd_tls.hybrid import KDF
 from qkd_tls.psk import PSK
 from tests.support.memory import SAE_A, SAE_B, link

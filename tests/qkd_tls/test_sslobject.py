@@ -21,7 +21,7 @@ from qkd_tls import (
     QKDKeyMismatch,
     QKDUnavailable,
 )
-from qkd_tls.endpoint import KeysWanted
+from qkd_tls.endpoint import Driver, KeysWanted, driver_in_charge
 from qkd_tls.sslobject import QKDObject
 from tests.support import objects
 from tests.support.objects import Side, carry, shake_hands, sides
@@ -368,17 +368,24 @@ class TestHandshake:
     def test_somebody_else_asks_the_kms(self, local: Lab) -> None:
         """As `qkd_tls.aio` does it."""
         asked = []
-        client, server = sides(local.client(), local.server())
 
-        def ask(request: Any) -> Any:
-            asked.append(request)
-            raise KeysWanted(request)
+        class Asking(Driver):
+            def begin(self, engine: Any) -> None:
+                self.engine = engine
 
-        client.tls._ask = ask
+            def fetch(self, request: Any, manager: Any) -> Any:
+                asked.append(request)
+                raise KeysWanted(request)
+
+        driver = Asking()
+        token = driver_in_charge.set(driver)
+        client = Side(local.client(), server_hostname="localhost")
+        driver_in_charge.reset(token)
+        server = Side(local.server(), server_side=True)
         with pytest.raises(KeysWanted, match="waiting for the KMS"):
             shake_hands_until_asked(client, server)
         assert len(asked) == 1
-        client.tls._engine.keys(KMSUnavailable("it burns", kms="KME", peer="SAE-B"))
+        driver.engine.keys(KMSUnavailable("it burns", kms="KME", peer="SAE-B"))
         with pytest.raises(QKDUnavailable, match="it burns"):
             client.tls.do_handshake()
 

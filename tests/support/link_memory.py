@@ -16,7 +16,8 @@ from kms_client.emulator.link.authentication.session import Rebootstrap, Session
 from kms_client.emulator.link.bob import Bob
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Figures
-from kms_client.emulator.link.party import Part, SecretKey, Settings
+from kms_client.emulator.link.messages import Part
+from kms_client.emulator.link.party import SecretKey, Settings
 from kms_client.emulator.link.photonics.line import Line, Photons
 from kms_client.emulator.link.photonics.parameters import DEFAULT, Optics
 from kms_client.emulator.link.photonics.receiver import Receiver

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from kms_client import KMSError, LocalKeyManager, QKDKey
 from qkd_tls import control
 from qkd_tls.association import Association, AssociationStore
+from qkd_tls.endpoint import fetch_keys
 from qkd_tls.engine import (
     ALPN_PROTOCOL,
     ChooseContext,
@@ -35,7 +36,6 @@ from qkd_tls.engine import (
     ServerEngine,
     State,
 )
-from qkd_tls.fetch import fetch_keys
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import Credentials, TLSConnection, TLSContext, TLSSettings
 from qkd_tls.policy import Policy

@@ -15,21 +15,17 @@ import numpy as np
 from kms_client.emulator.link.authentication.reserve import KEY_BYTES, KeyReserve
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Figures
-from kms_client.emulator.link.party import (
+from kms_client.emulator.link.messages import (
     Aborted,
     Conversation,
     Doubt,
     Kind,
     LinkError,
-    Offload,
-    Party,
     Ready,
     Reason,
-    Settings,
     Share,
-    Sink,
-    inline,
 )
+from kms_client.emulator.link.party import Offload, Party, Settings, Sink, inline
 from kms_client.emulator.link.photonics.analytic import live_share
 from kms_client.emulator.link.photonics.line import MAXIMUM_PULSES, Line, Photons, Sent
 from kms_client.emulator.link.photonics.parameters import Optics

@@ -11,7 +11,7 @@ import numpy as np
 
 from kms_client.emulator.link.authentication.reserve import KeyReserve
 from kms_client.emulator.link.figures import Block, Figures
-from kms_client.emulator.link.party import (
+from kms_client.emulator.link.messages import (
     NO_DOUBT,
     SHARE_BYTES,
     Aborted,
@@ -19,16 +19,11 @@ from kms_client.emulator.link.party import (
     Doubt,
     Kind,
     LinkError,
-    Offload,
-    Party,
     Ready,
     Reason,
-    SecretKey,
-    Settings,
     Share,
-    Sink,
-    inline,
 )
+from kms_client.emulator.link.party import Offload, Party, SecretKey, Settings, Sink, inline
 from kms_client.emulator.link.photonics.line import Photons
 from kms_client.emulator.link.photonics.receiver import Clicks, Receiver
 from kms_client.emulator.link.postprocessing.amplification import amplify, seed_length

@@ -1,21 +1,4 @@
-"""What both sides of a link have in common: the messages of a block, and how its secret bits become keys.
-
-A block, with Alice (the transmitter) and Bob (the receiver). Each arrow is a message on the classical channel; one in
-several parts has one tag, which comes with the last part:
-
-1. Bob -> Alice, in parts: for each frame what was detected, then the questions of Cascade, at last DONE.
-   Alice -> Bob, in parts: for each frame what was kept, then the answers of Cascade, at last FINAL: the challenge of
-   verification, the seed of the Toeplitz matrix, and how many keys go where.
-2. Bob -> Alice: CONFIRM. Bob's corrected block is verified, he holds the keys for Alice's masters.
-3. Alice -> Bob: COMMITTED. Alice has stored all keys; now Bob stores those for his own masters.
-
-So a key is offered to masters at one side only when the other side holds it. Either side can end a block in step 1 with
-ABORT as its last part; the other does the same, unless it has sent its last part, and nothing comes of the block. Keys
-of a block for which the last message is lost are in doubt: in the next session Bob tells which block he waits for, and
-Alice tells whether she has stored it.
-
-Nothing that arrives is used for good before the tag over it was checked.
-"""
+"""What both sides of a link have in common: a session, and how the secret bits of a block become keys."""
 
 from __future__ import annotations
 
@@ -26,7 +9,6 @@ import struct
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass
-from enum import IntEnum
 from itertools import count
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
@@ -35,25 +17,28 @@ from numpy.typing import NDArray
 
 from kms_client.emulator.link.authentication.reserve import KeyReserve
 from kms_client.emulator.link.figures import Block, Figures
+from kms_client.emulator.link.messages import (
+    LAST_PARTS,
+    NO_DOUBT,
+    Aborted,
+    Conversation,
+    Kind,
+    LinkError,
+    Ready,
+    Reason,
+    Share,
+)
 from kms_client.emulator.link.photonics.parameters import CHECK_BASIS, DEFAULT, KEY_BASIS, Source
 from kms_client.emulator.link.postprocessing.finite_key import BlockCounts, Security, secret_length
 from kms_client.emulator.link.postprocessing.verification import LEAKED_BITS
 from kms_client.emulator.link.sifting import Tally
 
 __all__ = [
-    "Aborted",
     "BlockKeys",
-    "Conversation",
-    "Doubt",
-    "Kind",
-    "LinkError",
-    "Part",
+    "Offload",
     "Party",
-    "Ready",
-    "Reason",
     "SecretKey",
     "Settings",
-    "Share",
     "Sink",
     "inline",
     "key_id",
@@ -61,85 +46,8 @@ __all__ = [
 
 _Bits = NDArray[np.uint8]
 _SECURITY: Final = Security()
-_SHARE: Final = struct.Struct(">IHHHII")
-_READY: Final = struct.Struct(">16s16s32sI16sI")
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
-
-
-class LinkError(Exception):
-    """The peer does not follow the protocol, or its settings differ: the session ends."""
-
-
-class Reason(IntEnum):
-    """Why nothing comes of a block; the second byte of ABORT."""
-
-    QBER = 1
-    RECONCILIATION = 2
-    NOTHING_SECRET = 3
-    RESIDUAL_ERRORS = 4
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        return _REASONS[self]
-
-
-_REASONS: Final = {
-    Reason.QBER: "QBER above the threshold",
-    Reason.RECONCILIATION: "reconciliation failed",
-    Reason.NOTHING_SECRET: "too few secret bits",
-    Reason.RESIDUAL_ERRORS: "errors were left after reconciliation",
-}
-
-
-class Aborted(Exception):
-    """Nothing comes of this block.
-
-    Attributes:
-        reason: why.
-        heard: whether the other side has said so, and with that ended its message.
-    """
-
-    def __init__(self, reason: Reason, *, heard: bool = False) -> None:
-        """Keep both."""
-        super().__init__(reason.text)
-        self.reason = reason
-        self.heard = heard
-
-
-class Kind(IntEnum):
-    """The first byte of each part."""
-
-    READY = 1
-    SIFT = 2
-    SIFTED = 3
-    QUESTION = 4
-    ANSWER = 5
-    DONE = 6
-    ABORT = 7
-    FINAL = 8
-    CONFIRM = 9
-    COMMITTED = 10
-
-
-class Part(NamedTuple):
-    """A part of a message."""
-
-    data: bytes
-    last: bool  # its tag, over all parts of the message, has come and was right
-
-
-class Conversation(Protocol):
-    """The authenticated classical channel of one session, as a party sees it."""
-
-    async def send(self, data: bytes, *, last: bool) -> None:
-        """Send a part of a message, or all of it."""
-        ...
-
-    async def receive(self) -> Part:
-        """The next part. Raises an exception of its own where the channel fails."""
-        ...
 
 
 class SecretKey(NamedTuple):
@@ -216,73 +124,6 @@ class Settings:
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).digest()
 
 
-class Doubt(NamedTuple):
-    """A block of which this side does not know whether the other has stored it."""
-
-    session: bytes
-    number: int
-
-
-class Ready(NamedTuple):
-    """The first message of each side in a session."""
-
-    instance: bytes  # 16 bytes, new in each process
-    nonce: bytes  # 16 bytes, new in each session
-    settings: bytes  # digest
-    capacity: int  # keys of each direction
-    doubt: Doubt  # Bob: waits for word on this block. Alice: has stored it. Zeros: none
-
-    def to_bytes(self) -> bytes:
-        """The part."""
-        return bytes([Kind.READY]) + _READY.pack(
-            self.instance, self.nonce, self.settings, self.capacity, *self.doubt
-        )
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Ready:
-        """Raises LinkError for anything else."""
-        if len(data) != _READY.size:
-            raise LinkError(f"the first message has {_READY.size} bytes, not {len(data)}")
-        instance, nonce, settings, capacity, session, number = _READY.unpack(data)
-        return cls(instance, nonce, settings, capacity, Doubt(session, number))
-
-
-NO_DOUBT: Final = Doubt(bytes(16), 0)
-
-
-class Share(NamedTuple):
-    """How the secret bits of a block are shared out: first to the reserve, then to keys."""
-
-    length: int  # secret bits
-    material: int  # bytes for the reserve
-    one_time_a_to_b: int  # one-time keys that these make, and for which direction
-    one_time_b_to_a: int
-    for_a: int  # keys
-    for_b: int
-
-    @property
-    def one_time(self) -> tuple[int, int]:
-        """One-time keys by direction."""
-        return self.one_time_a_to_b, self.one_time_b_to_a
-
-    def bits(self, key_size: int) -> int:
-        """How many secret bits that takes."""
-        return 8 * self.material + key_size * (self.for_a + self.for_b)
-
-    def to_bytes(self) -> bytes:
-        """Of a fixed size."""
-        return _SHARE.pack(*self)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Share:
-        """Raises `struct.error` for another length."""
-        return cls(*_SHARE.unpack(data))
-
-
-_LAST: Final = frozenset({Kind.READY, Kind.DONE, Kind.FINAL, Kind.CONFIRM, Kind.COMMITTED})
-SHARE_BYTES: Final = _SHARE.size
-
-
 def key_id(session: bytes, block: int, position: int) -> str:
     """The ID of a key: made from what is public and the same on both sides, as a UUID of version 8 (RFC 9562)."""
     digest = hashlib.sha256(b"key of a QKD link" + session + struct.pack(">II", block, position)).digest()
@@ -299,7 +140,9 @@ async def inline(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
 class Offload(Protocol):
     """`inline`, or something that computes elsewhere."""
 
-    def __call__(self, function: Callable[[*_Ts], _T], *arguments: *_Ts) -> Awaitable[_T]: ...
+    def __call__(self, function: Callable[[*_Ts], _T], *arguments: *_Ts) -> Awaitable[_T]:
+        """Compute `function(*arguments)`."""
+        ...
 
 
 class Party:
@@ -385,7 +228,7 @@ class Party:
             except (IndexError, ValueError):
                 raise LinkError("the other side ends a block without a reason") from None
             raise Aborted(reason, heard=True)
-        if kind not in kinds or last != (kind in _LAST):
+        if kind not in kinds or last != (kind in LAST_PARTS):
             expected = " or ".join(kind.name for kind in kinds)
             raise LinkError(f"the other side sends a message of kind {kind}, {expected} was expected")
         return Kind(kind), data[1:]

@@ -30,8 +30,8 @@ from kms_client import (
     UnknownSAE,
 )
 from kms_client.emulator import Limits, OSRandomSource, RunningPair, add_sae, run_pair
-from kms_client.emulator.kme import _certificate_names
-from kms_client.emulator.kme_sync import DirectLink, LinkDown
+from kms_client.emulator.delivery import _certificate_names
+from kms_client.emulator.kme_sync import DirectSync, PeerKMEDown
 from kms_client.emulator.store import Assignment, KeyStore, NotFound
 
 
@@ -399,23 +399,23 @@ class TestStore:
         assert held == bytes(32)
 
 
-class TestDirectLink:
+class TestDirectSync:
     def test_the_other_end_down_or_without_the_key(self) -> None:
         import asyncio
 
         async def check() -> None:
             stores = KeyStore(256, 5), KeyStore(256, 5)
-            link = DirectLink(OSRandomSource(), *stores)
+            link = DirectSync(OSRandomSource(), *stores)
             await link.put(2)
             assignment, _ = stores[0].take(256, "M", ["S"])
             link.end_a.up = False
-            with pytest.raises(LinkDown):
+            with pytest.raises(PeerKMEDown):
                 await link.end_a.assign([assignment])
             await link.put(2)
             assert stores[0].available_count == 0
             link.end_a.up = True
             stores[1].keep_only([])
-            with pytest.raises(LinkDown):
+            with pytest.raises(PeerKMEDown):
                 await link.end_a.assign([assignment])
 
         asyncio.run(check())

@@ -16,8 +16,8 @@ import pytest
 from kms_client.emulator import DemoPKI, OSRandomSource, write_demo_pki
 from kms_client.emulator import kme_sync_tls as module
 from kms_client.emulator.kme import server_context
-from kms_client.emulator.kme_sync import LinkDown
-from kms_client.emulator.kme_sync_tls import ConnectingLink, ListeningLink, client_context
+from kms_client.emulator.kme_sync import PeerKMEDown
+from kms_client.emulator.kme_sync_tls import ConnectingSync, ListeningSync, client_context
 from kms_client.emulator.store import KeyStore
 
 
@@ -39,8 +39,8 @@ class Ends:
         self.store_a, self.store_b = KeyStore(256, 50), KeyStore(256, 50)
         self.context_a = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
         self.context_b = client_context(pki.kme_b_cert, pki.kme_b_key, pki.kms_ca)
-        self.a = ListeningLink(self.store_a, OSRandomSource(rate), initial, expected_b, self.context_a)
-        self.b = ConnectingLink(self.store_b, "KME-A", self.context_b)
+        self.a = ListeningSync(self.store_a, OSRandomSource(rate), initial, expected_b, self.context_a)
+        self.b = ConnectingSync(self.store_b, "KME-A", self.context_b)
 
     async def both_up(self) -> None:
         await until(lambda: self.a.up and self.b.up)
@@ -102,7 +102,7 @@ def test_after_a_cut_both_drop_what_the_other_has_not(pki: DemoPKI) -> None:
             ends.store_b.take(256, "M", ["S"])
             assert not ends.agree()
             await until(lambda: not ends.a.up)
-            with pytest.raises(LinkDown):
+            with pytest.raises(PeerKMEDown):
                 await ends.a.assign([])
             await ends.both_up()
             await until(ends.agree)
@@ -133,7 +133,7 @@ def test_an_assignment_that_the_other_end_refuses(pki: DemoPKI) -> None:
         async with joined(pki) as ends:
             assignment, _ = ends.store_a.take(256, "M", ["S"])
             ends.store_b._held.pop(assignment.key_id)
-            with pytest.raises(LinkDown):
+            with pytest.raises(PeerKMEDown):
                 await ends.a.assign([assignment])
 
     asyncio.run(test())
@@ -159,7 +159,7 @@ def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str) -> None:
             writer.write(b"not JSON\n")
         elif act == "odd":
             writer.write(b'{"type": "ack", "number": 99, "done": true}\n')  # nobody waits for it
-        with pytest.raises(LinkDown):
+        with pytest.raises(PeerKMEDown):
             await pending
         await until(lambda: not ends.a.up)
         with contextlib.suppress(OSError):
@@ -197,7 +197,7 @@ def test_side_b_waits_for_side_a(pki: DemoPKI, tmp_path: Path) -> None:
         await ends.a.stop()
         ends.b.start("127.0.0.1", port)
         await asyncio.sleep(0.1)
-        with pytest.raises(LinkDown):
+        with pytest.raises(PeerKMEDown):
             await ends.b.assign([])
         await ends.a.start("127.0.0.1", port)
         await ends.both_up()

@@ -31,7 +31,9 @@ from qkd_tls import (
     QKDUnavailable,
     aio,
 )
-from qkd_tls.aio import transports
+from qkd_tls.aio import kms_threads, transports
+from qkd_tls.aio.handshakes import TransportDriver
+from qkd_tls.endpoint import Driver
 from tests.support.sockets import TIMEOUT, Lab, Proxy, Server, connected, echo, tcp_pair
 
 # --- what the tests share
@@ -752,14 +754,14 @@ class TestProtocols:
                 def set_protocol(self, protocol: Any) -> None: ...
 
             protocol = Recorder()
-            gate = transports._Gate()
+            gate = transports.Gate()
             for _ in range(2):
                 gate.data_received(b"early")
             gate.eof_received()
             gate.connection_lost(None)
             gate.open(Transport(), protocol)  # type: ignore[arg-type]
             assert protocol.events == ["made", b"earlyearly", "eof", "lost"]
-            gate = transports._Gate()
+            gate = transports.Gate()
             gate.data_received(b"early")
             buffered = Buffered(3)
             buffered.connection_made(None)  # type: ignore[arg-type]
@@ -832,7 +834,7 @@ class TestProtocols:
                     made = local.client().wrap_bio(
                         ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="localhost"
                     )
-                    inner.append((made._ask, made._farewell))
+                    inner.append(type(made._driver))
 
                 def data_received(self, data: bytes) -> None:
                     self.connection_made(None)
@@ -844,7 +846,7 @@ class TestProtocols:
                 transport.write(b"x")
                 await waiting_for(lambda: len(inner) == 2)
                 transport.close()
-            assert inner == [(None, None)] * 2
+            assert inner == [Driver] * 2
 
         run(main())
 
@@ -1134,7 +1136,7 @@ def test_fork_after_use(lab: Lab) -> None:
             await talk(*await aio.open_connection(*server.address, ssl=client, server_hostname="localhost"))
 
         run(main())
-        assert transports._threads is not None
+        assert kms_threads._threads.executor is not None
         fork = multiprocessing.get_context("fork")
         result = fork.Queue()
         child = fork.Process(target=_connect_in_child, args=(client, server.address, result))
@@ -1153,7 +1155,7 @@ def test_nothing_is_kept(local: Lab) -> None:
 
     def count() -> int:
         gc.collect()
-        return sum(isinstance(one, QKDObject | transports._Handshake) for one in gc.get_objects())
+        return sum(isinstance(one, QKDObject | TransportDriver) for one in gc.get_objects())
 
     async def main() -> None:
         async with Echo(local.server()) as server:

@@ -30,8 +30,7 @@ from kms_client import (
 )
 from kms_client.emulator import RunningPair, run_pair
 from qkd_tls import Policy, Protection, QKDContext
-from qkd_tls.configuration.contexts import Sections
-from qkd_tls.configuration.tables import ConfigError, Table, read_file
+from qkd_tls.configuration import ConfigError, Sections, Table, read_file
 from qkd_tls.errors import QKDKeyMismatch
 from tests.support.paths import ROOT
 from tests.support.sockets import Authority, Server, talk

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kms_client import KeyPool, KMSUnavailable
-from qkd_tls.configuration.tables import ConfigError, read_file
+from qkd_tls.configuration import ConfigError, read_file
 from qkd_tls.policy import Policy
 from qkd_tls.tunnel import check, run
 from qkd_tls.tunnel.address import TCP, Activated, Unix, parse

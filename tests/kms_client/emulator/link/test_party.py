@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from kms_client.emulator.link.authentication.errors import ReserveEmpty
-from kms_client.emulator.link.party import Kind, LinkError, Reason, SecretKey, Settings, key_id
+from kms_client.emulator.link.messages import Kind, LinkError, Reason
+from kms_client.emulator.link.party import SecretKey, Settings, key_id
 from kms_client.emulator.link.photonics.parameters import DEFAULT
 from kms_client.emulator.link.postprocessing.finite_key import Security
 from kms_client.emulator.link.postprocessing.verification import CHALLENGE_BYTES
