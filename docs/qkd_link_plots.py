@@ -26,7 +26,7 @@ from kms_client.emulator.link.photonics.analytic import (
     rates,
     single_photons,
 )
-from kms_client.emulator.link.photonics.experiment import Outcome, measured_rate, run, total
+from kms_client.emulator.link.photonics.experiment import ExperimentCounts, measured_rate, run, total
 from kms_client.emulator.link.photonics.parameters import DEFAULT, GYS, Eavesdropper, Optics
 from kms_client.emulator.link.postprocessing.finite_key import Security, binary_entropy, secret_length
 
@@ -39,7 +39,7 @@ PAPER: Final = 1.22
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#c85200", "#2a7f3f", "#6b6b6b"
 
 
-def simulate(optics: Optics, pulses: int, seed: int) -> Outcome:
+def simulate(optics: Optics, pulses: int, seed: int) -> ExperimentCounts:
     """One frame."""
     return total(run(optics, pulses, np.random.default_rng(seed)))
 
@@ -54,7 +54,7 @@ def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
     return secret_length(counts, optics.source, leaked, SECURITY).bits / pulses
 
 
-def simulated_share(seen: Outcome, optics: Optics) -> float:
+def simulated_share(seen: ExperimentCounts, optics: Optics) -> float:
     """The share of the key bits of a simulated block that is secret."""
     counts = seen.block_counts()
     key_bits = sum(counts.key)

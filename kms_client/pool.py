@@ -20,7 +20,7 @@ from kms_client.errors import KMSError, KMSProtocolError, KMSRequestError, KMSUn
 from kms_client.forks import forget_in_children
 from kms_client.keys import QKDKey, wipe_keys
 from kms_client.manager import KeyManager, KMSStatus, check_number_and_size
-from kms_client.pool_stock import Marks, Order, Stock, Tally, is_permanent
+from kms_client.pool_stock import KeyCounts, Marks, Order, Stock, is_permanent
 
 __all__ = ["KeyPool", "PoolStatistics"]
 
@@ -132,7 +132,7 @@ class KeyPool:
         self._closed = False
         self._breaker = self._new_breaker()
         self._error: KMSError | None = None  # the last failure that counted against the KME
-        self._tally = Tally()
+        self._tally = KeyCounts()
         self._requests = self._failures = self._possibly_lost = 0
         self._remembered: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._stocks = OrderedDict()

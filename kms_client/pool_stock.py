@@ -15,7 +15,7 @@ from kms_client.breaker import Breaker
 from kms_client.errors import KMSError, KMSTimeout, KMSUnavailable, NoKeysLeft
 from kms_client.keys import QKDKey, wipe_keys
 
-__all__ = ["Marks", "Order", "Stock", "Tally", "is_permanent"]
+__all__ = ["KeyCounts", "Marks", "Order", "Stock", "is_permanent"]
 
 
 def is_permanent(error: KMSError) -> bool:
@@ -34,7 +34,7 @@ class Marks:
 
 
 @dataclass
-class Tally:
+class KeyCounts:
     """Numbers of keys, over all stocks of a pool."""
 
     fetched: int = 0
@@ -120,7 +120,7 @@ class Stock:
         marks: Marks,
         breaker: Breaker,
         now: float,
-        tally: Tally,
+        tally: KeyCounts,
         *,
         always: bool = False,
     ) -> None:

@@ -12,7 +12,7 @@ from qkd_tls.errors import (
     QKDUnavailable,
 )
 from qkd_tls.hybrid import KDF
-from qkd_tls.info import Path, Protection, QKDInfo
+from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.policy import Policy
 from qkd_tls.socket import QKDSocket
 from qkd_tls.sslobject import QKDObject
@@ -20,7 +20,7 @@ from qkd_tls.sslobject import QKDObject
 __all__ = [
     "KDF",
     "ClassicalGroupWarning",
-    "Path",
+    "HandshakePath",
     "Policy",
     "Protection",
     "QKDContext",

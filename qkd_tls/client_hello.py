@@ -6,7 +6,6 @@ qkd-tls has no use for are skipped: OpenSSL parses the whole message again and h
 
 from __future__ import annotations
 
-import functools
 import re
 import struct
 from collections.abc import Iterable
@@ -303,7 +302,6 @@ def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
     return tuple(modes)
 
 
-@functools.lru_cache(maxsize=64)
 def _server_name(extension: bytes | None) -> str | None:
     """The host name (RFC 6066 section 3): at most one, in ASCII; names of other types are skipped."""
     if extension is None:

@@ -8,7 +8,6 @@ ever runs on it.
 
 from __future__ import annotations
 
-import itertools
 import operator
 import os
 import re
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QKDContext", "create_default_context"]
 
-# Of all contexts: each number stands for one change.
-_changes: Final = itertools.count()
 _LARGEST_ALERT: Final = 255
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
@@ -72,7 +69,6 @@ class QKDContext(ssl.SSLContext):
             raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
         return super().__new__(cls, protocol)
 
-    _changes: int
     sslsocket_class: type[QKDSocket] = QKDSocket
     sslobject_class: type[QKDObject] = QKDObject
 
@@ -116,9 +112,7 @@ class QKDContext(ssl.SSLContext):
         self._lifetime, self._pipelined, self._max_keys = association_lifetime, pipelined, max_keys
         self._associations = AssociationStore()
         self._lock = threading.Lock()
-        self._config: EngineConfig | None = None
-        self._changes_seen = -1
-        self._config_state: tuple[object, ...] = ()
+        self._compiled: tuple[tuple[object, ...], EngineConfig] | None = None
         # Dictionaries keep the order and drop duplicates: programs load the same file for each connection.
         self._trusted: dict[bytes, None] = {}
         self._crls: dict[bytes, None] = {}
@@ -167,14 +161,6 @@ class QKDContext(ssl.SSLContext):
         """This side's KMS."""
         return self._key_manager
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        self._note_change()
-
-    def _note_change(self) -> None:
-        """Whatever it was, the next connection looks whether the settings are still those it knows."""
-        self.__dict__["_changes"] = next(_changes)
-
     # --- trust and credentials
 
     def load_verify_locations(
@@ -199,7 +185,6 @@ class QKDContext(ssl.SSLContext):
             self._trust_pem(cadata)
         elif cadata is not None:
             self._trusted.update(dict.fromkeys(split_der(bytes(cadata))))
-        self._note_change()
 
     def _trust_pem(self, text: str) -> None:
         certificates, crls = read_pem(text)
@@ -456,21 +441,12 @@ class QKDContext(ssl.SSLContext):
 
     def _engine_config(self) -> EngineConfig:
         """What all connections share, made anew after a change of the settings."""
-        changes = self._changes
-        if self._config is None or changes != self._changes_seen:
-            with self._lock:
-                config = self._current_config()
-                self.__dict__["_changes_seen"] = changes
-                return config
-        return self._config
-
-    def _current_config(self) -> EngineConfig:
         # Many programs set what is set already, for each connection: that is no change.
-        # Plain numbers: ssl.SSLContext makes enums of them each time.
+        # Plain numbers: ssl.SSLContext makes enums of them, which takes 5 of a handshake's 700 microseconds.
         base: Any = super(ssl.SSLContext, self)
-        # The two collections only grow: their sizes tell whether they have changed.
         state = (
             self._credentials,
+            # The two collections only grow: their sizes tell whether they have changed.
             len(self._trusted),
             len(self._crls),
             base.verify_mode,
@@ -483,12 +459,10 @@ class QKDContext(ssl.SSLContext):
             self.observer,
             self._alpn,
         )
-        config = self._config
-        if config is None or state != self._config_state:
-            config = self._new_config()
-            # Not by assignment, which would be a change.
-            self.__dict__.update(_config=config, _config_state=state)
-        return config
+        compiled = self._compiled
+        if compiled is None or compiled[0] != state:
+            compiled = self._compiled = state, self._new_config()
+        return compiled[1]
 
     def _new_config(self) -> EngineConfig:
         settings = TLSSettings(

@@ -3,7 +3,7 @@
 The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and fills.
 
 Three others take part in a handshake, and each enters by one interface: the context (`EndpointContext`), the state
-machine that it makes (`Handshake`), and what keeps the handshake going where the calling thread must not wait for a KMS
+machine that it makes (`EndpointEngine`), and what keeps the handshake going where the calling thread must not wait for a KMS
 (`Driver`).
 """
 
@@ -39,7 +39,7 @@ __all__ = [
     "Driver",
     "Endpoint",
     "EndpointContext",
-    "Handshake",
+    "EndpointEngine",
     "KeyRequest",
     "KeysWanted",
     "NotThroughTheStandardLibrary",
@@ -72,7 +72,7 @@ def fetch_keys(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSEr
         return error
 
 
-class Handshake(Protocol):
+class EndpointEngine(Protocol):
     """What an endpoint needs of a state machine: an `Engine`, or the handshake of a `PSKContext`."""
 
     @property
@@ -118,7 +118,7 @@ class EndpointContext(Protocol):
 
     def new_engine(
         self, *, server_side: bool, server_hostname: str | None, server_port: int | None
-    ) -> Handshake:
+    ) -> EndpointEngine:
         """The state machine for one connection."""
         ...
 
@@ -155,7 +155,7 @@ class Driver:
         """Say whether the connection that is being made is this driver's."""
         return True
 
-    def begin(self, engine: Handshake) -> None:
+    def begin(self, engine: EndpointEngine) -> None:
         """The handshake of its connection begins."""
 
     def take_turn(self) -> None:
@@ -203,7 +203,7 @@ class Endpoint:
     server_hostname: str | None
     _context: EndpointContext
     _driver: Driver
-    _engine: Handshake | None
+    _engine: EndpointEngine | None
     """Until the handshake is complete."""
     _tls: TLSConnection | None
     """From then on."""
@@ -241,11 +241,11 @@ class Endpoint:
         """From now on it is application data that goes through TLS: set `_tls` in place of `_engine`."""
         raise NotImplementedError
 
-    def _begin(self, engine: Handshake) -> None:
+    def _begin(self, engine: EndpointEngine) -> None:
         self._engine = engine
         self._driver.begin(engine)
 
-    def _step(self, engine: Handshake) -> None:
+    def _step(self, engine: EndpointEngine) -> None:
         """Do what the engine needs next."""
         self._send_ciphertext(engine.data_to_send())
         action = engine.next_action()
@@ -261,7 +261,7 @@ class Endpoint:
             assert isinstance(engine, Engine) and manager is not None
             engine.keys(self._driver.fetch(action, manager))
 
-    def _establish(self, engine: Handshake, info: QKDInfo) -> None:
+    def _establish(self, engine: EndpointEngine, info: QKDInfo) -> None:
         self._peer_certificate = engine.peer_certificate
         if isinstance(engine, ServerEngine):
             self._offered_suites = engine.offered_suites

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import binascii
 import enum
-import functools
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Final
 
 from cryptography.hazmat.primitives.hashes import SHA384, Hash
@@ -169,9 +168,13 @@ class PSKIdentity:
     """9 bytes; shows that the peer holds the association secret."""
     key_id: str
     """The QKD key's ID."""
+    _parsed: InitVar[bool] = False
+    """Made by `parse`, which has checked everything."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _parsed: bool) -> None:
         """Check everything, so that whatever exists can be encoded."""
+        if _parsed:
+            return
         if len(self.association_id) != ASSOCIATION_ID_SIZE:
             raise ValueError(f"an association ID has {ASSOCIATION_ID_SIZE} bytes")
         if len(self.tag) != _TAG_SIZE:
@@ -190,13 +193,13 @@ class PSKIdentity:
         if match is None:
             raise ValueError("not a PSK identity of qkd-tls/1")
         kdf, association_id, tag, key_id = match.groups()
-        # Not by the constructor: the pattern has checked everything.
-        parsed = cls.__new__(cls)
-        parsed.kdf = _KDF_BY_NAME[kdf]
-        parsed.association_id = binascii.a2b_base64(association_id.translate(_FROM_URL_SAFE) + b"==")
-        parsed.tag = binascii.a2b_base64(tag.translate(_FROM_URL_SAFE))
-        parsed.key_id = key_id.decode()
-        return parsed
+        return cls(
+            _KDF_BY_NAME[kdf],
+            binascii.a2b_base64(association_id.translate(_FROM_URL_SAFE) + b"=="),
+            binascii.a2b_base64(tag.translate(_FROM_URL_SAFE)),
+            key_id.decode(),
+            _parsed=True,
+        )
 
     def encode(self) -> bytes:
         """The identity as it goes over the wire: ASCII, at most 255 bytes."""
@@ -283,7 +286,6 @@ def imported_identity(identity: bytes, client_sae_id: str, server_sae_id: str, k
     return _v16(identity) + _context(client_sae_id, server_sae_id) + _IMPORT_TARGET[kdf]
 
 
-@functools.lru_cache(maxsize=256)
 def _context(client_sae_id: str, server_sae_id: str) -> bytes:
     return _v16(_v8(_encoded_sae_id(client_sae_id)) + _v8(_encoded_sae_id(server_sae_id)))
 
@@ -295,7 +297,6 @@ def _encoded_sae_id(sae_id: str) -> bytes:
     return encoded
 
 
-@functools.lru_cache(maxsize=1024)
 def _head(kdf: KDF, association_id: bytes) -> bytes:
     return b".".join((b"qkd1", kdf.value.encode(), _base64url(association_id)))
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Path", "Protection", "QKDInfo"]
+__all__ = ["HandshakePath", "Protection", "QKDInfo"]
 
 
 class Protection(enum.StrEnum):
@@ -20,7 +20,7 @@ class Protection(enum.StrEnum):
     """Nothing: only where the operator has added a classical group by name."""
 
 
-class Path(enum.StrEnum):
+class HandshakePath(enum.StrEnum):
     """How a hybrid connection came about."""
 
     BOOTSTRAP = "bootstrap"
@@ -43,7 +43,7 @@ class QKDInfo:
     group: str
     cipher: str
     alpn: str | None = None
-    path: Path | None = None
+    path: HandshakePath | None = None
     key_id: str | None = None
     kms: str | None = None
     kms_protocol: str | None = None

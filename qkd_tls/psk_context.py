@@ -103,12 +103,12 @@ class PSKContext:
 
     def new_engine(
         self, *, server_side: bool, server_hostname: str | None, server_port: int | None
-    ) -> _PSKHandshake:
+    ) -> _PSKEngine:
         """The handshake of one connection, for its socket. Raises ValueError if the context is for the other side."""
         if server_side != self.server_side:
             ours = "server" if self.server_side else "client"
             raise ValueError(f"this PSKContext is a {ours}'s: server_side must be {self.server_side}")
-        return _PSKHandshake(TLSConnection(self._tls, server_hostname=server_hostname, psk=self._psk))
+        return _PSKEngine(TLSConnection(self._tls, server_hostname=server_hostname, psk=self._psk))
 
     def _choose_context(self, engine: ServerEngine, connection: Endpoint, name: str | None) -> NoReturn:
         raise NotImplementedError("a PSKContext has no sni_callback")
@@ -144,7 +144,7 @@ class PSKSocket(QKDSocket):
         """Stay silent: the PSK protects the connection even if the group has no ML-KEM."""
 
 
-class _PSKHandshake:
+class _PSKEngine:
     """The handshake of one connection: what is to be sent is there before the socket waits."""
 
     peer_certificate: bytes | None = None

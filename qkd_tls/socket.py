@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, Self, TypeVar
 
-from qkd_tls.endpoint import Endpoint, EndpointContext, Handshake
+from qkd_tls.endpoint import Endpoint, EndpointContext, EndpointEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
 
@@ -119,7 +119,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             raise closed
         return False
 
-    def _start(self, engine: Handshake) -> None:
+    def _start(self, engine: EndpointEngine) -> None:
         self._connected = True
         self._begin(engine)
         socket.socket.setblocking(self, False)

@@ -8,6 +8,8 @@ import importlib
 import re
 import subprocess
 import tomllib
+from collections import Counter
+from graphlib import TopologicalSorter
 from inspect import ismodule
 from pathlib import Path
 
@@ -94,6 +96,41 @@ def definitions(tree: ast.Module) -> set[str]:
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
                 names.add(name)
     return names
+
+
+def classes_of(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    names = Counter(name for path in SOURCES for name in classes_of(path))
+    assert [name for name, number in names.items() if number > 1] == []
+
+
+def imported_by(name: str) -> set[str]:
+    """The modules of both packages that a module imports, wherever in it; also those for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        match node:
+            case ast.ImportFrom(module=str(module), names=aliases):
+                for alias in aliases:
+                    submodule = f"{module}.{alias.name}"
+                    found.add(submodule if submodule in MODULES else module)
+            case ast.Import(names=aliases):
+                found.update(alias.name for alias in aliases)
+    return found & MODULES.keys()
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    # Raises CycleError, which names the circle.
+    TopologicalSorter({name: imported_by(name) for name in MODULES}).prepare()
+
+
+def test_kms_client_knows_nothing_of_tls_connections() -> None:
+    for name in MODULES:
+        if name.startswith("kms_client"):
+            assert [other for other in imported_by(name) if other.startswith("qkd_tls")] == []
 
 
 def test_one_version() -> None:

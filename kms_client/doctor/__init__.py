@@ -6,6 +6,6 @@
 
 from kms_client.doctor.examination import examine
 from kms_client.doctor.findings import ExaminedSide, Finding, Report, Verdict
-from kms_client.doctor.side import Credentials, Setting, Side
+from kms_client.doctor.side import SAECredentials, Setting, Side
 
-__all__ = ["Credentials", "ExaminedSide", "Finding", "Report", "Setting", "Side", "Verdict", "examine"]
+__all__ = ["ExaminedSide", "Finding", "Report", "SAECredentials", "Setting", "Side", "Verdict", "examine"]

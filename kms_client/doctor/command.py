@@ -11,7 +11,7 @@ from pathlib import Path
 from kms_client.doctor.examination import examine
 from kms_client.doctor.report_html import html
 from kms_client.doctor.report_text import text
-from kms_client.doctor.side import Credentials, Setting, Side
+from kms_client.doctor.side import SAECredentials, Setting, Side
 from kms_client.errors import KMSAuthenticationError
 from kms_client.secure_site import SecureSite
 
@@ -119,9 +119,9 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     )
 
 
-def _credentials(arguments: argparse.Namespace, sae_id: str, prefix: str) -> Credentials:
+def _credentials(arguments: argparse.Namespace, sae_id: str, prefix: str) -> SAECredentials:
     given = vars(arguments)
-    return Credentials(
+    return SAECredentials(
         sae_id,
         ca=arguments.ca if prefix == "" or arguments.peer_ca is None else arguments.peer_ca,
         cert=given[f"{prefix}cert"],

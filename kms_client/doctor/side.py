@@ -27,7 +27,7 @@ from kms_client.https import HTTPSClient
 from kms_client.keys import QKDKey
 from kms_client.secure_site import SecureSite
 
-__all__ = ["Credentials", "Setting", "Side"]
+__all__ = ["SAECredentials", "Setting", "Side"]
 
 _MAX_BODY = 1 << 22  # bytes
 # An examination goes to any address: whether that is inside the secure site is one of its checks. Keys are thrown away.
@@ -35,7 +35,7 @@ _ANYWHERE = SecureSite(["0.0.0.0/0", "::/0"])
 
 
 @dataclass(frozen=True)
-class Credentials:
+class SAECredentials:
     """What an SAE proves itself to its KME with; the files as of `Etsi014Client`."""
 
     sae_id: str
@@ -101,7 +101,7 @@ class Side:
     """
 
     def __init__(
-        self, name: str, url: str, credentials: Credentials, peer_sae_id: str, *, timeout: float
+        self, name: str, url: str, credentials: SAECredentials, peer_sae_id: str, *, timeout: float
     ) -> None:
         """Load the credentials; the KME is not contacted yet."""
         for sae_id in (credentials.sae_id, peer_sae_id):
@@ -209,9 +209,11 @@ class Side:
             # A key that opens nothing, if the KME does what it should.
             pem = Path(directory) / "foreign.pem"
             pem.write_bytes(certificate + key)
-            return self._new_client(Credentials(self.sae_id, self.credentials.ca, cert=pem).context(self.url))
+            return self._new_client(
+                SAECredentials(self.sae_id, self.credentials.ca, cert=pem).context(self.url)
+            )
 
-    def as_other(self, credentials: Credentials) -> HTTPSClient:
+    def as_other(self, credentials: SAECredentials) -> HTTPSClient:
         """A client of the same KME with the certificate of another SAE."""
         return self._new_client(credentials.context(self.url))
 
@@ -248,7 +250,7 @@ class Setting:
     """
 
     sides: list[Side]
-    other: Credentials | None
+    other: SAECredentials | None
     site: SecureSite
     take_keys: bool
     seconds: float

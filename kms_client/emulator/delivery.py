@@ -12,7 +12,7 @@ from aiohttp import web
 from kms_client.emulator.kme_sync import PeerKME, PeerKMEDown
 from kms_client.emulator.pki import SAE_URI_PREFIX
 from kms_client.emulator.refusal import Refused
-from kms_client.emulator.store import Delivery, KeyStore, NotASlave, NotFound, Role
+from kms_client.emulator.store import Delivery, KeyStore, NotASlave, NotFound, SAERole
 
 __all__ = ["Faults", "KeyDelivery", "Limits"]
 
@@ -121,7 +121,7 @@ class KeyDelivery:
                 secret[0] ^= 1
         return secrets
 
-    def delivered(self, key_id: str, secret: bytearray, sae_id: str, role: Role) -> None:
+    def delivered(self, key_id: str, secret: bytearray, sae_id: str, role: SAERole) -> None:
         """Put the delivery down, and wipe the key."""
         _zero(secret)
         delivery = Delivery(key_id, sae_id, role)

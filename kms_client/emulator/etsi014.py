@@ -11,7 +11,7 @@ from aiohttp import web
 
 from kms_client.emulator.delivery import KeyDelivery
 from kms_client.emulator.refusal import Refused, query_integer
-from kms_client.emulator.store import Role
+from kms_client.emulator.store import SAERole
 
 __all__ = ["Etsi014Interface"]
 
@@ -77,7 +77,7 @@ class Etsi014Interface:
             zip(key_ids, self._kme.fetch(key_ids, master, slave), strict=True), slave, "slave"
         )
 
-    def _deliver(self, keys: Iterable[tuple[str, bytearray]], sae_id: str, role: Role) -> web.Response:
+    def _deliver(self, keys: Iterable[tuple[str, bytearray]], sae_id: str, role: SAERole) -> web.Response:
         container = []
         for key_id, secret in keys:
             container.append({"key_ID": key_id, "key": base64.b64encode(secret).decode()})

@@ -19,9 +19,9 @@ from kms_client.emulator.store import Delivery, KeyStore
 from kms_client.etsi014 import Etsi014Client
 from kms_client.skip import SkipClient
 
-__all__ = ["KMEPair", "RunningPair", "Side", "run_pair"]
+__all__ = ["KMEPair", "RunningPair", "SideName", "run_pair"]
 
-Side = Literal["a", "b"]
+SideName = Literal["a", "b"]
 _T = TypeVar("_T")
 
 
@@ -46,7 +46,7 @@ class KMEPair:
         *,
         buffer: int = 2000,
         initial: int | None = None,
-        more_saes: dict[Side, Iterable[str]] | None = None,
+        more_saes: dict[SideName, Iterable[str]] | None = None,
         limits: Limits = Limits(),  # noqa: B008 - immutable
         local_slaves: bool = False,
         on_delivery: Callable[[Delivery], None] | None = None,
@@ -57,7 +57,7 @@ class KMEPair:
         stores = KeyStore(source.key_size, buffer), KeyStore(source.key_size, buffer)
         self._sync = DirectSync(source, *stores)
         self._initial = buffer if initial is None else initial
-        self.kmes: dict[Side, KME] = {
+        self.kmes: dict[SideName, KME] = {
             "a": KME(
                 KME_ID_A,
                 KME_ID_B,
@@ -105,18 +105,18 @@ class KMEPair:
         for side in self.kmes:
             await self.stop_kme(side)
 
-    async def start_kme(self, side: Side, host: str = "127.0.0.1", port: int | None = None) -> None:
+    async def start_kme(self, side: SideName, host: str = "127.0.0.1", port: int | None = None) -> None:
         """Start one KME, on its last port if none is given."""
         kme = self.kmes[side]
         await kme.start(host, kme.port if port is None else port, self._contexts[side])
         self._set_up(side, True)
 
-    async def stop_kme(self, side: Side) -> None:
+    async def stop_kme(self, side: SideName) -> None:
         """Stop one KME. It keeps its keys; meanwhile the other answers that the link is down."""
         self._set_up(side, False)
         await self.kmes[side].stop()
 
-    def _set_up(self, side: Side, up: bool) -> None:
+    def _set_up(self, side: SideName, up: bool) -> None:
         end_at_the_other = self._sync.end_b if side == "a" else self._sync.end_a
         end_at_the_other.up = up
 
@@ -144,34 +144,34 @@ class RunningPair:
         """What both KMEs have delivered so far, each in its order: first A's, then B's."""
         return [*self._pair.kmes["a"].store.deliveries, *self._pair.kmes["b"].store.deliveries]
 
-    def faults(self, side: Side) -> Faults:
+    def faults(self, side: SideName) -> Faults:
         """The switches for misbehaviour of one KME; they act on the next request."""
         return self._pair.kmes[side].faults
 
-    def stored(self, side: Side) -> int:
+    def stored(self, side: SideName) -> int:
         """Keys that masters at this side can get now."""
         return self._pair.kmes[side].store.available_count
 
-    def stop_kme(self, side: Side) -> None:
+    def stop_kme(self, side: SideName) -> None:
         """Turn one KME off: its port refuses connections. Its keys are kept."""
         self._call(self._pair.stop_kme(side))
 
-    def start_kme(self, side: Side) -> None:
+    def start_kme(self, side: SideName) -> None:
         """Turn it on again, on the same port."""
         self._call(self._pair.start_kme(side))
 
-    def client(self, side: Side, **settings: Any) -> Etsi014Client:
+    def client(self, side: SideName, **settings: Any) -> Etsi014Client:
         """A new client of one KME with the certificate of its SAE; `settings` as of `Etsi014Client`."""
         return Etsi014Client(self._url(side), **{**self._credentials(side), **settings})
 
-    def skip_client(self, side: Side, **settings: Any) -> SkipClient:
+    def skip_client(self, side: SideName, **settings: Any) -> SkipClient:
         """The same for SKIP; `settings` as of `SkipClient`."""
         return SkipClient(self._url(side), **{**self._credentials(side), **settings})
 
-    def _url(self, side: Side) -> str:
+    def _url(self, side: SideName) -> str:
         return self.url_a if side == "a" else self.url_b
 
-    def _credentials(self, side: Side) -> dict[str, Any]:
+    def _credentials(self, side: SideName) -> dict[str, Any]:
         pki = self.pki
         if side == "a":
             return {"sae_id": pki.sae_a, "cert": pki.sae_a_cert, "key": pki.sae_a_key, "ca": pki.kms_ca}
@@ -195,7 +195,7 @@ def run_pair(
     initial: int | None = None,
     sae_a: str = "SAE-A",
     sae_b: str = "SAE-B",
-    more_saes: dict[Side, Iterable[str]] | None = None,
+    more_saes: dict[SideName, Iterable[str]] | None = None,
     limits: Limits = Limits(),  # noqa: B008 - immutable
     local_slaves: bool = False,
     source: KeySource | None = None,

@@ -21,7 +21,7 @@ from kms_client.emulator.link.authentication.session import Rebootstrap, Session
 from kms_client.emulator.link.messages import Part
 from kms_client.emulator.qkd_wire import Streams
 
-__all__ = ["AnchorFile", "Authentication", "Conversation", "certificates"]
+__all__ = ["AnchorFile", "Authentication", "WireConversation", "certificates"]
 
 _SILENCE: Final = 10.0  # seconds in which the other side must say what it has to say
 _CHUNK: Final = 1 << 18
@@ -52,7 +52,7 @@ class _Wire:
         return interceptor.feed(data)
 
 
-class Conversation:
+class WireConversation:
     """One session on the classical channel."""
 
     def __init__(self, wire: _Wire, channel: ClassicalChannel) -> None:
@@ -118,7 +118,7 @@ class Authentication:
         self._bootstraps = 0
         self._channel: ClassicalChannel | None = None
 
-    async def begin(self, streams: Streams, middle: Callable[[], str] | None = None) -> Conversation:
+    async def begin(self, streams: Streams, middle: Callable[[], str] | None = None) -> WireConversation:
         """Start a session.
 
         Args:
@@ -148,7 +148,7 @@ class Authentication:
         if self.reserve.origin != origin:
             self._bootstraps += 1
         self._channel = session.channel
-        return Conversation(wire, session.channel)
+        return WireConversation(wire, session.channel)
 
     def figures(self) -> dict[str, Any]:
         """For operators; see `kms_client.emulator.link.figures.Figures.authentication`."""

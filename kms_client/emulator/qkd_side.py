@@ -25,17 +25,17 @@ from kms_client.emulator.link.party import Offload, SecretKey, Settings
 from kms_client.emulator.link.photonics.line import Line
 from kms_client.emulator.link.photonics.parameters import Optics
 from kms_client.emulator.link.photonics.receiver import Receiver
-from kms_client.emulator.pair import Side
+from kms_client.emulator.pair import SideName
 from kms_client.emulator.pki import KME_ID_A, KME_ID_B, DemoPKI
 from kms_client.emulator.qkd_channel import AnchorFile, Authentication, certificates
-from kms_client.emulator.qkd_wire import Channels, Fibre, FibreListener, connect
+from kms_client.emulator.qkd_wire import Channels, FibreConnection, FibreListener, connect
 from kms_client.emulator.store import Delivery, KeyStore
 
 __all__ = ["SIDES", "QKDSide", "StoreSink"]
 
 _log = logging.getLogger("kms_client.emulator")
 
-SIDES: Final[tuple[Side, Side]] = ("a", "b")
+SIDES: Final[tuple[SideName, SideName]] = ("a", "b")
 
 _FULL: Final = 16  # production pauses while there is room for less than this part of the store
 _LOOK: Final = 0.05  # seconds between looks at a full store
@@ -124,7 +124,7 @@ class QKDSide:
 
     def __init__(
         self,
-        side: Side,
+        side: SideName,
         pki: DemoPKI,
         settings: Settings,
         optics: Optics,
@@ -285,7 +285,7 @@ class QKDSide:
                 channels.classical, (lambda: self.controls.middle) if self.side == "a" else None
             )
             self.figures.set_state("running")
-            fibre = Fibre(channels.fibre)
+            fibre = FibreConnection(channels.fibre)
             if isinstance(self.party, Alice):
                 await self.party.run(conversation, fibre.send)
             else:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from kms_client.emulator.link.photonics.line import Photons
 
-__all__ = ["Channels", "Fibre", "FibreListener", "Streams", "connect"]
+__all__ = ["Channels", "FibreConnection", "FibreListener", "Streams", "connect"]
 
 _MAGIC: Final = b"qkd-link/1 "
 _FIBRE, _CLASSICAL = b"f", b"c"
@@ -34,7 +34,7 @@ _DEAD_AFTER: Final = 10  # seconds without any answer from the other host
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-class Fibre:
+class FibreConnection:
     """One end of the connection that stands in for the fibre."""
 
     def __init__(self, streams: Streams) -> None:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from kms_client.emulator.delivery import KeyDelivery
 from kms_client.emulator.refusal import Refused, query_integer
-from kms_client.emulator.store import Role
+from kms_client.emulator.store import SAERole
 
 __all__ = ["SkipInterface"]
 
@@ -82,7 +82,7 @@ class SkipInterface:
     def _remote_system(self, request: web.Request) -> str:
         return self._kme.checked_peer(request.query.get("remoteSystemID", ""))
 
-    def _deliver(self, key_id: str, secret: bytearray, sae_id: str, role: Role) -> web.Response:
+    def _deliver(self, key_id: str, secret: bytearray, sae_id: str, role: SAERole) -> web.Response:
         body = {"keyId": uuid.UUID(key_id).hex, "key": secret.hex()}
         self._kme.delivered(key_id, secret, sae_id, role)
         return web.json_response(body)

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-__all__ = ["Assignment", "Delivery", "KeyStore", "NotASlave", "NotFound", "Role"]
+__all__ = ["Assignment", "Delivery", "KeyStore", "NotASlave", "NotFound", "SAERole"]
 
-Role = Literal["master", "slave"]
+SAERole = Literal["master", "slave"]
 
 
 class Delivery(NamedTuple):
@@ -26,7 +26,7 @@ class Delivery(NamedTuple):
 
     key_id: str
     sae_id: str
-    role: Role
+    role: SAERole
 
 
 class Assignment(NamedTuple):

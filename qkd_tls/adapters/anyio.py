@@ -10,7 +10,7 @@ from anyio.streams.tls import TLSStream
 
 from kms_client import KeyManager
 from qkd_tls.context import QKDContext
-from qkd_tls.endpoint import Driver, Handshake, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
+from qkd_tls.endpoint import Driver, EndpointEngine, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
 from qkd_tls.engine import Engine
 
 __all__ = ["wrap_stream"]
@@ -20,10 +20,10 @@ class _StreamDriver(Driver):
     """Puts the engine's request down, for the stream to answer."""
 
     def __init__(self) -> None:
-        self._engine: Handshake | None = None
+        self._engine: EndpointEngine | None = None
         self._asked: tuple[KeyRequest, KeyManager] | None = None
 
-    def begin(self, engine: Handshake) -> None:
+    def begin(self, engine: EndpointEngine) -> None:
         self._engine = engine
 
     def fetch(self, request: KeyRequest, manager: KeyManager) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import NoReturn
 from kms_client import KeyManager
 from qkd_tls.aio.kms_threads import FetchResult, ask_in_thread
 from qkd_tls.aio.turns import Turns
-from qkd_tls.endpoint import Driver, Handshake, KeyRequest, KeysWanted, driver_in_charge
+from qkd_tls.endpoint import Driver, EndpointEngine, KeyRequest, KeysWanted, driver_in_charge
 from qkd_tls.engine import Engine
 from qkd_tls.errors import ssl_error
 
@@ -26,14 +26,14 @@ class LoopDriver(Driver, abc.ABC):
         self._loop = loop
         self._claimed = False
         self._asked: KeyRequest | None = None
-        self._engine: Handshake | None = None
+        self._engine: EndpointEngine | None = None
 
     def claim(self) -> bool:
         """Only the first connection: asyncio's callbacks go on in this context for ever."""
         first, self._claimed = not self._claimed, True
         return first
 
-    def begin(self, engine: Handshake) -> None:
+    def begin(self, engine: EndpointEngine) -> None:
         """Remember the engine, until the end."""
         self._engine = engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from qkd_tls.cli import peer, picture
 from qkd_tls.cli.failure import CommandError, ExitCode
 from qkd_tls.cli.handshake import Watch
-from qkd_tls.cli.report import Report
+from qkd_tls.cli.report import ConnectionReport
 from qkd_tls.cli.settings import add_qkd_options, address, open_context
 from qkd_tls.cli.terminal import Terminal, add_output_options
 
@@ -47,7 +47,7 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
     return ExitCode.OK
 
 
-def _connected(arguments: Namespace, terminal: Terminal) -> Report:
+def _connected(arguments: Namespace, terminal: Terminal) -> ConnectionReport:
     watch = Watch()
     with open_context(arguments, watched=watch.manager) as context:
         context.observer = watch.step
@@ -57,7 +57,7 @@ def _connected(arguments: Namespace, terminal: Terminal) -> Report:
             return report
 
 
-def _read(name: str) -> Report:
+def _read(name: str) -> ConnectionReport:
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         record = json.loads(data.decode())
@@ -68,4 +68,4 @@ def _read(name: str) -> Report:
             f"{name} is not one JSON object: {error}",
             hint="of a file with one object a line take one: tail -n 1 FILE",
         ) from None
-    return Report.from_dict(record)
+    return ConnectionReport.from_dict(record)

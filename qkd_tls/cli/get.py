@@ -14,7 +14,7 @@ import requests
 from qkd_tls import __version__
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
 from qkd_tls.cli.failure import ExitCode
-from qkd_tls.cli.report import Report
+from qkd_tls.cli.report import ConnectionReport
 from qkd_tls.cli.settings import add_qkd_options, open_context, seconds
 from qkd_tls.cli.terminal import Terminal, add_output_options, printable
 
@@ -67,7 +67,7 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
             with session.get(
                 arguments.url, timeout=arguments.timeout, stream=True, allow_redirects=False
             ) as response:
-                report = Report(
+                report = ConnectionReport(
                     qkd=qkd_info(response),
                     peer=urlsplit(arguments.url).netloc,
                     server_name=urlsplit(arguments.url).hostname,
@@ -87,7 +87,12 @@ def run(arguments: Namespace, terminal: Terminal) -> int:
 
 
 def _tell(
-    terminal: Terminal, report: Report, response: requests.Response, number: int, of: int, milliseconds: float
+    terminal: Terminal,
+    report: ConnectionReport,
+    response: requests.Response,
+    number: int,
+    of: int,
+    milliseconds: float,
 ) -> None:
     status = f"HTTP {response.status_code} {printable(response.reason or '')}".rstrip()
     if of == 1:

@@ -13,7 +13,7 @@ from kms_client import KeyManager, KMSError, KMSStatus, QKDKey
 from qkd_tls.cli.terminal import printable
 from qkd_tls.engine import Event, State, Step
 
-__all__ = ["Handshake", "Line", "Watch", "describe_step"]
+__all__ = ["Handshake", "TimelineEntry", "Watch", "describe_step"]
 
 _WITH_CERTIFICATES: Final = "ClientHello sent: a handshake with certificates"
 _NOT_NEEDED_OR_LOST: Final = "no hybrid PSK that this server knows: going on with certificates"
@@ -80,7 +80,7 @@ def describe_step(step: Step) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TimelineEntry:
     """One thing that happened: when, in milliseconds since the start; with whom ("TCP", "TLS", "KME"); what."""
 
     milliseconds: float
@@ -99,10 +99,10 @@ class Line:
 class Handshake:
     """What happened in one handshake so far. `show` is called with each line, in the handshake's thread."""
 
-    show: Callable[[Line], None]
+    show: Callable[[TimelineEntry], None]
     start: float = field(default_factory=time.perf_counter)
     """On `time.perf_counter`."""
-    lines: list[Line] = field(default_factory=list)
+    lines: list[TimelineEntry] = field(default_factory=list)
     kme_milliseconds: float = 0.0
     """Of waiting for this side's KME."""
 
@@ -113,7 +113,7 @@ class Handshake:
 
     def add(self, what: str, text: str) -> None:
         """Note what happened now."""
-        line = Line(self.milliseconds, what, printable(text))
+        line = TimelineEntry(self.milliseconds, what, printable(text))
         self.lines.append(line)
         self.show(line)
 

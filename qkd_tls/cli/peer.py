@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from qkd_tls.cli.handshake import Handshake, Watch
-from qkd_tls.cli.report import Report
+from qkd_tls.cli.report import ConnectionReport
 from qkd_tls.cli.settings import alpn_names, seconds
 from qkd_tls.cli.terminal import Terminal
 from qkd_tls.context import QKDContext
@@ -53,7 +53,7 @@ def add_connection_options(parser: ArgumentParser) -> None:
 @contextlib.contextmanager
 def connect(
     context: QKDContext, watch: Watch, terminal: Terminal, target: tuple[str, int], arguments: Namespace
-) -> Iterator[tuple[QKDSocket, Report]]:
+) -> Iterator[tuple[QKDSocket, ConnectionReport]]:
     """A connection as the arguments say, and what protects it; closed at the end of the block."""
     name = arguments.server_name or target[0]
     peer = shown_address(target)
@@ -63,7 +63,7 @@ def connect(
         handshake.add("TCP", f"connected to {shown_address(plain.getpeername())}")
         sock = context.wrap_socket(plain, server_hostname=name)
     with sock:
-        report = Report.of(sock, peer, handshake, own_certificate=arguments.cert is not None)
+        report = ConnectionReport.of(sock, peer, handshake, own_certificate=arguments.cert is not None)
         terminal.note()
         for line in report.lines():
             terminal.note(line)

@@ -6,8 +6,8 @@ import textwrap
 from html import escape
 from typing import Final
 
-from qkd_tls.cli.report import Report, secrets_of
-from qkd_tls.info import Path, Protection
+from qkd_tls.cli.report import ConnectionReport, secrets_of
+from qkd_tls.info import HandshakePath, Protection
 
 __all__ = ["attacker_needs", "draw", "draw_svg"]
 
@@ -24,12 +24,12 @@ _NATURES: Final = {
 }
 
 
-def draw(report: Report) -> list[str]:
+def draw(report: ConnectionReport) -> list[str]:
     """Lines of text with box-drawing characters, at most 100 characters wide."""
     return [*_parties(report), "", *_secrets(report), "", *_paragraphs(report)]
 
 
-def _parties(report: Report) -> list[str]:
+def _parties(report: ConnectionReport) -> list[str]:
     """The two sides, their KMEs, and what is between them."""
     client, server = _names(report)
     gap = _WIDTH - 2 * _BOX
@@ -50,7 +50,7 @@ def _parties(report: Report) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _names(report: Report) -> tuple[list[str], list[str]]:
+def _names(report: ConnectionReport) -> tuple[list[str], list[str]]:
     """What stands in the boxes of client and server."""
     qkd = report.qkd
     us, them = "this program", report.server_name or report.peer
@@ -62,7 +62,7 @@ def _names(report: Report) -> tuple[list[str], list[str]]:
     return client, server
 
 
-def _kme(report: Report, side: str) -> list[str]:
+def _kme(report: ConnectionReport, side: str) -> list[str]:
     return [
         f"KME of the {side}",
         (report.qkd.kms or "unknown") if side == report.role else "its own, unknown here",
@@ -89,7 +89,7 @@ def _beside(left: list[str], right: list[str], line: str, gap: int) -> list[str]
     ]
 
 
-def _secrets(report: Report) -> list[str]:
+def _secrets(report: ConnectionReport) -> list[str]:
     """The secrets, and what they are mixed into."""
     qkd = report.qkd
     names = secrets_of(qkd)
@@ -111,7 +111,7 @@ def _nature(name: str) -> str:
     return next((nature for start, nature in _NATURES.items() if name.startswith(start)), "key exchange")
 
 
-def _paragraphs(report: Report) -> list[str]:
+def _paragraphs(report: ConnectionReport) -> list[str]:
     """In plain words."""
     lines: list[str] = []
     for title, texts in (
@@ -125,10 +125,10 @@ def _paragraphs(report: Report) -> list[str]:
     return lines
 
 
-def _authentication(report: Report) -> list[str]:
+def _authentication(report: ConnectionReport) -> list[str]:
     certificate, qkd = report.certificate, report.qkd
     peer = "client" if report.role == "server" else "server"
-    where = ", when the association was made" if qkd.path is Path.ASSOCIATED else ""
+    where = ", when the association was made" if qkd.path is HandshakePath.ASSOCIATED else ""
     if certificate is not None:
         texts = [f"This {report.role} checked the {peer}'s certificate{where}: {certificate}."]
     elif report.role == "client":
@@ -151,7 +151,7 @@ def _authentication(report: Report) -> list[str]:
     return texts
 
 
-def _key(report: Report) -> list[str]:
+def _key(report: ConnectionReport) -> list[str]:
     qkd = report.qkd
     if qkd.key_id is None:
         why = qkd.fallback or "the policy is 'off', or no KMS is configured"
@@ -168,7 +168,7 @@ def _key(report: Report) -> list[str]:
     return texts
 
 
-def attacker_needs(report: Report) -> list[str]:
+def attacker_needs(report: ConnectionReport) -> list[str]:
     """One sentence for each way to attack the connection."""
     qkd = report.qkd
     mathematics = [name.partition(" (")[0] for name in secrets_of(qkd) if name != "QKD key"]
@@ -178,7 +178,7 @@ def attacker_needs(report: Report) -> list[str]:
             "To get in between at the time: a forged certificate, or the private key of a real one, and the QKD key "
             "before the connection is made."
         )
-        if qkd.path is Path.ASSOCIATED:
+        if qkd.path is HandshakePath.ASSOCIATED:
             live = (
                 "To get in between at the time: to have been in between when the association was made, with a forged "
                 "or stolen certificate and the QKD key used then, and to have this QKD key too."
@@ -197,7 +197,7 @@ def attacker_needs(report: Report) -> list[str]:
     ]
 
 
-def draw_svg(report: Report) -> str:
+def draw_svg(report: ConnectionReport) -> str:
     """The same as an SVG document of its own, in text of one width."""
     lines = draw(report)
     height = 18 * len(lines) + 32

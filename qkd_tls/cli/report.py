@@ -10,13 +10,13 @@ from typing import Any, Final, Self
 from cryptography import x509
 
 from qkd_tls.cli.failure import CommandError
-from qkd_tls.cli.handshake import Handshake, Line
+from qkd_tls.cli.handshake import Handshake, TimelineEntry
 from qkd_tls.cli.terminal import printable
-from qkd_tls.info import Path, Protection, QKDInfo
+from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS
 from qkd_tls.socket import QKDSocket
 
-__all__ = ["ML_KEM_OF_ASSOCIATION", "Certificate", "Report", "secrets_of"]
+__all__ = ["ML_KEM_OF_ASSOCIATION", "Certificate", "ConnectionReport", "secrets_of"]
 
 ML_KEM_OF_ASSOCIATION: Final = "ML-KEM (association)"
 """A secret's name: where the connection's own group has no ML-KEM."""
@@ -51,7 +51,7 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class ConnectionReport:
     """One connection as one side saw it. Times in milliseconds."""
 
     qkd: QKDInfo
@@ -64,7 +64,7 @@ class Report:
     own_certificate: bool = False
     milliseconds: float | None = None
     kme_milliseconds: float | None = None
-    steps: tuple[Line, ...] = ()
+    steps: tuple[TimelineEntry, ...] = ()
 
     @classmethod
     def of(cls, sock: QKDSocket, peer: str, handshake: Handshake, *, own_certificate: bool) -> Self:
@@ -132,9 +132,9 @@ class Report:
         """The summary."""
         qkd = self.qkd
         rows = [("protection", f"{qkd.protection}: {' + '.join(secrets_of(qkd))}")]
-        if qkd.path is Path.BOOTSTRAP:
+        if qkd.path is HandshakePath.BOOTSTRAP:
             rows.append(("connection", "bootstrap: certificates were checked on this connection"))
-        elif qkd.path is Path.ASSOCIATED:
+        elif qkd.path is HandshakePath.ASSOCIATED:
             rows.append(("connection", "associated: certificates were checked when the association was made"))
         if qkd.fallback is not None:
             rows.append(("no QKD key", printable(qkd.fallback)))
@@ -178,7 +178,7 @@ def _info(record: Any) -> QKDInfo:
             known[name] = printable(value)
     known["protection"] = Protection(known["protection"])
     if "path" in known:
-        known["path"] = Path(known["path"])
+        known["path"] = HandshakePath(known["path"])
     if known["protection"] is Protection.HYBRID and not isinstance(known.get("key_id"), str):
         raise ValueError("a hybrid connection without a key_id")
     return QKDInfo(**{"group": "unknown group", "cipher": "unknown cipher"} | known)

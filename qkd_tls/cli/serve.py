@@ -11,7 +11,7 @@ from typing import Final
 from qkd_tls.cli import peer, picture
 from qkd_tls.cli.failure import ExitCode, explain_error
 from qkd_tls.cli.handshake import Handshake, Watch
-from qkd_tls.cli.report import Report
+from qkd_tls.cli.report import ConnectionReport
 from qkd_tls.cli.settings import add_qkd_options, address, alpn_names, open_context, seconds
 from qkd_tls.cli.terminal import Terminal, add_output_options
 from qkd_tls.context import QKDContext
@@ -113,7 +113,7 @@ class _Server:
                 plain.settimeout(self._arguments.timeout)
                 sock = self._context.wrap_socket(plain, server_side=True)
             with sock:
-                own = Report.of(sock, str(record["peer"]), handshake, own_certificate=True)
+                own = ConnectionReport.of(sock, str(record["peer"]), handshake, own_certificate=True)
                 for line in own.lines():
                     show(line)
                 self._terminal.record(record | own.as_dict())
@@ -126,7 +126,7 @@ class _Server:
             self._terminal.record(record | {"error": failure.as_dict()})
             self._code = self._code or failure.code
 
-    def _talk(self, sock: QKDSocket, own: Report) -> None:
+    def _talk(self, sock: QKDSocket, own: ConnectionReport) -> None:
         sock.settimeout(self._arguments.idle)
         if self._arguments.chat:
             peer.relay(sock, self._arguments.idle)
@@ -134,12 +134,12 @@ class _Server:
             self._arguments.handler(sock, own)
 
 
-def _echo(sock: QKDSocket, _: Report) -> None:
+def _echo(sock: QKDSocket, _: ConnectionReport) -> None:
     while data := sock.recv(_CHUNK):
         sock.sendall(data)
 
 
-def _web_page(sock: QKDSocket, own: Report) -> None:
+def _web_page(sock: QKDSocket, own: ConnectionReport) -> None:
     """One HTTP request, whichever, gets the page."""
     request = b""
     while b"\r\n\r\n" not in request and len(request) < _LONGEST_REQUEST:

@@ -24,8 +24,7 @@ import requests
 
 from kms_client import Etsi014Client, KMSUnavailable
 from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
-from qkd_tls.info import Path as How
-from qkd_tls.info import Protection
+from qkd_tls.info import HandshakePath, Protection
 from qkd_tls.policy import Policy
 
 __all__ = ["run"]
@@ -240,8 +239,8 @@ class _Demo:
         self.checks |= {
             f"{_REQUESTS} requests on {_REQUESTS} connections": len(client) == len(server) == _REQUESTS
             and len({report["port"] for report in server}) == _REQUESTS,
-            "the first a bootstrap, the others associated": rows[0].path == How.BOOTSTRAP
-            and all(row.path == How.ASSOCIATED for row in associated),
+            "the first a bootstrap, the others associated": rows[0].path == HandshakePath.BOOTSTRAP
+            and all(row.path == HandshakePath.ASSOCIATED for row in associated),
             "protection hybrid on both sides": all(row.protections == {Protection.HYBRID} for row in rows),
             f"group {_GROUP} on both sides": all(row.groups == {_GROUP} for row in rows),
             "each key ID the same on both sides": all(

@@ -28,7 +28,7 @@ from qkd_tls.engine.states import (
 )
 from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable, ssl_error
 from qkd_tls.hybrid import EXPORTER_LABEL, EXPORTER_SIZE, KDF, association_secret
-from qkd_tls.info import Path, Protection, QKDInfo
+from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext
 from qkd_tls.policy import Policy
 from qkd_tls.psk import PSK
@@ -367,7 +367,7 @@ class Engine(abc.ABC):
             group=group,
             cipher=self._tls.cipher_suite,
             alpn=alpn,
-            path=Path.BOOTSTRAP if self._bootstrapped else Path.ASSOCIATED,
+            path=HandshakePath.BOOTSTRAP if self._bootstrapped else HandshakePath.ASSOCIATED,
             key_id=self._psk.key_id,
             kms=self._psk.kms or self._config.kms,
             kms_protocol=self._config.kms_protocol,

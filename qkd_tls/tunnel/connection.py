@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from qkd_tls import aio
 from qkd_tls.context import QKDContext
 from qkd_tls.errors import QKDError, QKDKeyMismatch, QKDProtocolError, QKDUnavailable
-from qkd_tls.info import Path
+from qkd_tls.info import HandshakePath
 from qkd_tls.socket import QKDSocket
 from qkd_tls.tunnel import proxy_protocol
 from qkd_tls.tunnel.address import shown
@@ -28,7 +28,7 @@ from qkd_tls.tunnel.dial import connect, set_options
 from qkd_tls.tunnel.metrics import Metrics
 from qkd_tls.tunnel.proxy_protocol import ProxyTLV, encode_tlv
 from qkd_tls.tunnel.relay import End, Relay, reset
-from qkd_tls.tunnel.settings import Limits, TunnelSettings
+from qkd_tls.tunnel.settings import TunnelLimits, TunnelSettings
 
 __all__ = ["Connection", "Reporting"]
 
@@ -219,7 +219,7 @@ class Connection:
                 cipher=info.cipher,
                 common_name=self._common_name,
                 with_certificate=self._certificate is not None,
-                now=info.path is not Path.ASSOCIATED,
+                now=info.path is not HandshakePath.ASSOCIATED,
             ),
             encode_tlv(ProxyTLV.UNIQUE_ID, self._id.encode()),
             encode_tlv(ProxyTLV.PROTECTION, str(info.protection).encode()),
@@ -283,7 +283,7 @@ class Connection:
 class _Watch:
     """Keeps the time limits of one connection. Timers are set for when something may be due, not for each byte."""
 
-    def __init__(self, relay: Relay, limits: Limits) -> None:
+    def __init__(self, relay: Relay, limits: TunnelLimits) -> None:
         self._relay, self._limits = relay, limits
         self._loop = asyncio.get_running_loop()
         self._start = self._loop.time()

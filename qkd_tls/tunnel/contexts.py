@@ -16,7 +16,7 @@ from qkd_tls.configuration import KeyManagerSettings, TLSFiles
 from qkd_tls.context import QKDContext
 from qkd_tls.tunnel.kme import CountedKeyManager
 from qkd_tls.tunnel.metrics import Metrics
-from qkd_tls.tunnel.settings import Settings
+from qkd_tls.tunnel.settings import TunnelFile
 
 __all__ = ["Contexts"]
 
@@ -33,7 +33,7 @@ class Contexts:
     _made_of: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, settings: Settings, metrics: Metrics, before: Contexts | None = None) -> Contexts:
+    def make(cls, settings: TunnelFile, metrics: Metrics, before: Contexts | None = None) -> Contexts:
         """What the settings say. Raises ConfigError."""
         before = before or cls()
         new = cls()

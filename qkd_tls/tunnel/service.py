@@ -22,7 +22,7 @@ from qkd_tls.tunnel.dial import listen
 from qkd_tls.tunnel.health import Health
 from qkd_tls.tunnel.listener import Tunnel
 from qkd_tls.tunnel.metrics import Metrics
-from qkd_tls.tunnel.settings import Settings, load
+from qkd_tls.tunnel.settings import TunnelFile, load
 from qkd_tls.tunnel.systemd import Notifier, activated_sockets
 
 __all__ = ["Service"]
@@ -41,7 +41,7 @@ class Service:
     def __init__(self, file: Path, environment: MutableMapping[str, str] = os.environ) -> None:
         self._file, self._environment = file, environment
         self._metrics = Metrics()
-        self._settings: Settings | None = None
+        self._settings: TunnelFile | None = None
         self._contexts = Contexts()
         self._reporting = Reporting(self._metrics, AuditLog("off"))
         self._tunnels: dict[str, Tunnel] = {}
@@ -118,7 +118,7 @@ class Service:
             await self._health.serve(sockets)
         self._use(settings, listening)
 
-    def _open_sockets(self, settings: Settings, undo: contextlib.ExitStack) -> _Listening:
+    def _open_sockets(self, settings: TunnelFile, undo: contextlib.ExitStack) -> _Listening:
         listening: _Listening = {}
         for tunnel in settings.tunnels:
             key = tunnel.socket_key
@@ -133,7 +133,7 @@ class Service:
             undo.callback(self._close_sockets, tunnel.listen, listening[key])
         return listening
 
-    def _use(self, settings: Settings, listening: _Listening) -> None:
+    def _use(self, settings: TunnelFile, listening: _Listening) -> None:
         # All stop first: two tunnels may have exchanged their addresses.
         for tunnel in self._tunnels.values():
             tunnel.stop()
@@ -268,7 +268,7 @@ class Service:
         self._reporting.audit.close()
 
 
-def _open_audit(settings: Settings) -> AuditLog:
+def _open_audit(settings: TunnelFile) -> AuditLog:
     try:
         return AuditLog(settings.service.audit)
     except OSError as error:

@@ -9,11 +9,11 @@ from typing import Literal
 from qkd_tls.configuration import ConfigError, Sections, Table, TLSFiles, read_file
 from qkd_tls.tunnel.address import TCP, Activated, Address, Unix, parse
 
-__all__ = ["Limits", "ServiceSettings", "Settings", "TunnelSettings", "load"]
+__all__ = ["ServiceSettings", "TunnelFile", "TunnelLimits", "TunnelSettings", "load"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class TunnelLimits:
     """Limits of one tunnel; times in seconds, None for none."""
 
     max_connections: int
@@ -38,7 +38,7 @@ class TunnelSettings:
     server_name: str | None
     proxy_protocol: bool
     socket_mode: int
-    limits: Limits
+    limits: TunnelLimits
 
     @property
     def socket_key(self) -> tuple[Address, str]:
@@ -62,7 +62,7 @@ class ServiceSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TunnelFile:
     """A whole file. `tls` holds the tables that a tunnel uses, by name."""
 
     file: Path
@@ -71,7 +71,7 @@ class Settings:
     tls: dict[str, TLSFiles] = field(default_factory=dict)
 
 
-def load(file: Path) -> Settings:
+def load(file: Path) -> TunnelFile:
     """Read and check a file. Raises ConfigError for the first mistake."""
     top = read_file(file)
     service = _service(top.take_table("service"))
@@ -90,7 +90,7 @@ def load(file: Path) -> Settings:
             raise sections.tls_tables[tunnel.tls].error(
                 "", "is used by a client and by a server tunnel: make one table for each"
             )
-    return Settings(file=file, service=service, tunnels=tunnels, tls=tls)
+    return TunnelFile(file=file, service=service, tunnels=tunnels, tls=tls)
 
 
 def _refuse_twice(file: Path, tunnels: tuple[TunnelSettings, ...]) -> None:
@@ -141,7 +141,7 @@ def _tunnel(table: Table, tls_tables: dict[str, Table]) -> TunnelSettings:
             )
     else:
         proxy_protocol = table.take_bool("proxy_protocol", False)
-    limits = Limits(
+    limits = TunnelLimits(
         max_connections=table.take_int("max_connections", 1000, 1),
         connect_timeout=table.take_seconds("connect_timeout", 10.0),
         handshake_timeout=table.take_seconds("handshake_timeout", 30.0),

@@ -38,11 +38,11 @@ from kms_client import (
     forks,
 )
 from kms_client.emulator import Faults, RunningPair, ensure_demo_pki, run_pair
-from kms_client.emulator.pair import Side
+from kms_client.emulator.pair import SideName
 from tests.support.key_managers import Call, Watched, agree, until
 from tests.support.kme_server import client_of
 
-SIDES: tuple[Side, Side] = ("a", "b")
+SIDES: tuple[SideName, SideName] = ("a", "b")
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Links:
     second: RunningPair
     _made: list[FailoverKeyManager] = field(default_factory=list)
 
-    def site(self, side: Side, *, read_timeout: float = 5.0, **settings: object) -> Site:
+    def site(self, side: SideName, *, read_timeout: float = 5.0, **settings: object) -> Site:
         clients = [
             Watched(pair.client(side, read_timeout=read_timeout)) for pair in (self.first, self.second)
         ]
@@ -429,7 +429,7 @@ KEYS_ARE_LONGER = 2500  # bytes, than what a KME sends in a TLS handshake or as 
 class KMEProcess:
     """`qkd-kme serve`, killed as by a power cut and started again on the same ports."""
 
-    def __init__(self, side: Side, directory: Path, record: Path, link: str = "") -> None:
+    def __init__(self, side: SideName, directory: Path, record: Path, link: str = "") -> None:
         self.record = record
         # fmt: off
         self._command = [sys.executable, "-m", "kms_client.emulator", "serve", "--side", side, "--json",
@@ -532,7 +532,7 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
     pki = ensure_demo_pki(tmp_path, "SAE-A", "SAE-B")
     with contextlib.ExitStack() as stack:
 
-        def kme(side: Side, number: int, link: str = "") -> KMEProcess:
+        def kme(side: SideName, number: int, link: str = "") -> KMEProcess:
             process = KMEProcess(side, tmp_path, tmp_path / f"{side}{number}", link)
             stack.callback(process.kill)
             return process

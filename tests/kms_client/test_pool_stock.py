@@ -18,7 +18,7 @@ from kms_client import (
     QKDKey,
 )
 from kms_client.breaker import Breaker
-from kms_client.pool_stock import Marks, Order, Stock, Tally
+from kms_client.pool_stock import KeyCounts, Marks, Order, Stock
 
 _ids = itertools.count()
 
@@ -29,7 +29,7 @@ def keys(number: int) -> list[QKDKey]:
 
 def stock(low: int = 2, high: int = 5, max_age: float = 60, *, always: bool = False) -> Stock:
     breaker = Breaker(1, 1, 100, jitter=lambda: 0)
-    return Stock("SAE-B", "kme", Marks(low, high, max_age, 600), breaker, 0, Tally(), always=always)
+    return Stock("SAE-B", "kme", Marks(low, high, max_age, 600), breaker, 0, KeyCounts(), always=always)
 
 
 def order(stock: Stock, number: int, now: float = 0, deadline: float = 10) -> Order:
@@ -193,7 +193,7 @@ class TestOrders:
         fetched = receive(pool, 3)
         pool.withdraw(gone, 0)
         assert [key.used for key in fetched] == [True, True, False]
-        assert pool._tally == Tally(fetched=3, delivered=0, expired=2)
+        assert pool._tally == KeyCounts(fetched=3, delivered=0, expired=2)
 
     def test_errors_that_time_does_not_heal_go_to_all_at_once(self) -> None:
         pool = stock()

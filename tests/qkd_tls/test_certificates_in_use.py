@@ -7,7 +7,7 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import Callable
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import mldsa
 from cryptography.x509.oid import NameOID
 
-from qkd_tls import Path, QKDContext, create_default_context
+from qkd_tls import HandshakePath, QKDContext, create_default_context
 from tests.support.sockets import (
     KEY_KINDS,
     Authority,
@@ -49,7 +49,7 @@ def server_with(local: Lab, identity: Identity) -> QKDContext:
 def works(client: QKDContext, server: QKDContext) -> None:
     """A bootstrap, which uses the certificate, and an association, which does not."""
     with Server(server) as listening:
-        for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+        for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
             with listening.connect(client) as sock:
                 talk(sock)
                 assert sock.qkd is not None
@@ -63,7 +63,7 @@ def refused(client: QKDContext, server: QKDContext, text: str) -> None:
 
 class TestKinds:
     @pytest.mark.parametrize("kind", KEY_KINDS)
-    def test_of_servers_and_clients(self, local: Lab, tmp_path: FilePath, kind: str) -> None:
+    def test_of_servers_and_clients(self, local: Lab, tmp_path: Path, kind: str) -> None:
         """The CA, the server and the client all have a key of this kind."""
         ca = Authority(tmp_path, "CA", kind)
         client = client_trusting(local, cafile=str(ca.file))
@@ -80,7 +80,7 @@ class TestKinds:
         lab.ca.issue("post-quantum", kind="ML-DSA-65").load_into(server)
         works(context, server)
 
-    def test_chain(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_chain(self, local: Lab, tmp_path: Path) -> None:
         """An intermediate CA in the server's file; the client knows the root only."""
         root = Authority(tmp_path, "Root")
         intermediate = Authority(tmp_path, "Intermediate", issuer=root)
@@ -108,7 +108,7 @@ class TestFiles:
             pytest.param(lambda: b"pass phrase", id="callable that gives bytes"),
         ],
     )
-    def test_encrypted_key(self, local: Lab, tmp_path: FilePath, password: Any) -> None:
+    def test_encrypted_key(self, local: Lab, tmp_path: Path, password: Any) -> None:
         ca = Authority(tmp_path)
         identity = ca.issue("encrypted", password=b"pass phrase")
         assert b"ENCRYPTED" in identity.key_file.read_bytes()
@@ -117,14 +117,14 @@ class TestFiles:
         works(client_trusting(local, cafile=str(ca.file)), server)
 
     @pytest.mark.parametrize("password", ["wrong", b"", lambda: "wrong", None])
-    def test_wrong_password(self, local: Lab, tmp_path: FilePath, password: Any) -> None:
+    def test_wrong_password(self, local: Lab, tmp_path: Path, password: Any) -> None:
         identity = Authority(tmp_path).issue("encrypted", password=b"pass phrase")
         with pytest.raises(ssl.SSLError, match="wrong password") as caught:
             local.server().load_cert_chain(identity.cert_file, identity.key_file, password)
         assert type(caught.value) is ssl.SSLError
         assert "pass phrase" not in str(caught.value)
 
-    def test_error_of_the_password_callable_is_the_callers(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_error_of_the_password_callable_is_the_callers(self, local: Lab, tmp_path: Path) -> None:
         identity = Authority(tmp_path).issue("encrypted", password=b"pass phrase")
 
         def ask() -> str:
@@ -133,7 +133,7 @@ class TestFiles:
         with pytest.raises(LookupError, match="no pass phrase today"):
             local.server().load_cert_chain(identity.cert_file, identity.key_file, ask)
 
-    def test_certificate_and_key_in_one_file(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_certificate_and_key_in_one_file(self, local: Lab, tmp_path: Path) -> None:
         ca = Authority(tmp_path)
         identity = ca.issue("both")
         both = tmp_path / "both-in-one.pem"
@@ -142,19 +142,19 @@ class TestFiles:
         server.load_cert_chain(str(both))
         works(client_trusting(local, cafile=str(ca.file)), server)
 
-    def test_key_of_another_certificate(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_key_of_another_certificate(self, local: Lab, tmp_path: Path) -> None:
         ca = Authority(tmp_path)
         one, other = ca.issue("one"), ca.issue("other")
         with pytest.raises(ssl.SSLError, match="key values mismatch"):
             local.server().load_cert_chain(one.cert_file, other.key_file)
 
-    def test_key_of_another_kind(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_key_of_another_kind(self, local: Lab, tmp_path: Path) -> None:
         ca = Authority(tmp_path)
         one, other = ca.issue("one"), ca.issue("other", kind="Ed25519")
         with pytest.raises(ssl.SSLError, match="the key may not be the certificate's"):
             local.server().load_cert_chain(one.cert_file, other.key_file)
 
-    def test_missing_files(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_missing_files(self, local: Lab, tmp_path: Path) -> None:
         identity = Authority(tmp_path).issue("here")
         nowhere = tmp_path / "nowhere.pem"
         context = local.server()
@@ -165,7 +165,7 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             context.load_verify_locations(nowhere)
 
-    def test_not_pem(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_not_pem(self, local: Lab, tmp_path: Path) -> None:
         identity = Authority(tmp_path).issue("here")
         junk = tmp_path / "junk.pem"
         junk.write_bytes(b"\0junk\xff")
@@ -177,14 +177,14 @@ class TestFiles:
         with pytest.raises(ssl.SSLError):
             context.load_verify_locations(junk)
 
-    def test_a_refused_certificate_leaves_the_earlier_one(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_a_refused_certificate_leaves_the_earlier_one(self, local: Lab, tmp_path: Path) -> None:
         server = local.server()
         other = Authority(tmp_path, "Other").issue("other")
         with pytest.raises(ssl.SSLError):
             server.load_cert_chain(other.cert_file, local.server_identity.key_file)
         works(local.client(), server)
 
-    def test_reload_while_serving(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_reload_while_serving(self, local: Lab, tmp_path: Path) -> None:
         """The new certificate is for new bootstraps; associations and open connections go on."""
         renewed = local.ca.issue("renewed")
         server_context, client = local.server(), local.client()
@@ -194,7 +194,7 @@ class TestFiles:
             with server.connect(client) as associated:
                 talk(associated)
                 assert associated.qkd is not None
-                assert associated.qkd.path is Path.ASSOCIATED
+                assert associated.qkd.path is HandshakePath.ASSOCIATED
                 assert associated.getpeercert(binary_form=True) == local.server_identity.der
             with server.connect(local.client()) as after:
                 talk(after)
@@ -212,9 +212,7 @@ class TestTrust:
             pytest.param(lambda ca, other: other.der + ca.der, id="two in DER"),
         ],
     )
-    def test_cadata(
-        self, local: Lab, tmp_path: FilePath, cadata: Callable[[Authority, Authority], Any]
-    ) -> None:
+    def test_cadata(self, local: Lab, tmp_path: Path, cadata: Callable[[Authority, Authority], Any]) -> None:
         other = Authority(tmp_path, "Other")
         works(client_trusting(local, cadata=cadata(local.ca, other)), local.server())
 
@@ -223,7 +221,7 @@ class TestTrust:
         with pytest.raises((ssl.SSLError, ValueError)):
             bare_client(local).load_verify_locations(cadata=cadata)
 
-    def test_capath(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_capath(self, local: Lab, tmp_path: Path) -> None:
         """A directory with names as `openssl rehash` makes them."""
         if shutil.which("openssl") is None:
             pytest.skip("the openssl command, which names the file, is not installed")
@@ -238,7 +236,7 @@ class TestTrust:
     def test_nobody(self, local: Lab) -> None:
         refused(bare_client(local), local.server(), "self-signed certificate in certificate chain")
 
-    def test_self_signed_leaf_trusted_directly(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_self_signed_leaf_trusted_directly(self, local: Lab, tmp_path: Path) -> None:
         """What small sites do: no CA at all."""
         key = KEY_KINDS["ECDSA P-256"]()
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -264,7 +262,7 @@ class TestTrust:
         """urllib3 loads the same file again for each connection."""
         client = local.client()
         with Server(local.server()) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED, HandshakePath.ASSOCIATED):
                 client.load_verify_locations(local.ca.file)
                 client.verify_mode = ssl.CERT_REQUIRED
                 client.check_hostname = True
@@ -272,7 +270,7 @@ class TestTrust:
                     assert sock.qkd is not None
                     assert sock.qkd.path is path
 
-    def test_verification_turned_on_later(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_verification_turned_on_later(self, local: Lab, tmp_path: Path) -> None:
         """An association made without looking at the certificate does not serve once it is looked at."""
         client = bare_client(local)
         client.check_hostname = False
@@ -284,7 +282,7 @@ class TestTrust:
             with pytest.raises(ssl.SSLCertVerificationError):
                 server.connect(client)
 
-    def test_common_name_instead_of_an_alternative_name(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_common_name_instead_of_an_alternative_name(self, local: Lab, tmp_path: Path) -> None:
         """The standard library's switch, which is on by default."""
         identity = local.ca.issue("localhost", [])
         client = local.client()
@@ -313,14 +311,14 @@ class TestTrust:
                 listening.connect(client, host)
 
 
-def revocation_list(ca: Authority, revoked: Identity, directory: FilePath) -> FilePath:
+def revocation_list(ca: Authority, revoked: Identity, directory: Path) -> Path:
     file = directory / "revoked.pem"
     file.write_text(ca.revoke(revoked))
     return file
 
 
 class TestRevocation:
-    def test_revoked_server(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_revoked_server(self, local: Lab, tmp_path: Path) -> None:
         revoked = local.ca.issue("revoked")
         client = local.client()
         client.load_verify_locations(revocation_list(local.ca, revoked, tmp_path))
@@ -330,7 +328,7 @@ class TestRevocation:
         refused(client, server_with(local, revoked), "certificate revoked")
         works(client, local.server())
 
-    def test_revoked_client(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_revoked_client(self, local: Lab, tmp_path: Path) -> None:
         revoked = local.ca.issue("revoked", ["client.example"])
         client, server = local.client(), local.server(mutual=True)
         revoked.load_into(client)
@@ -349,7 +347,7 @@ class TestRevocation:
         client.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         refused(client, local.server(), "unable to get certificate CRL")
 
-    def test_list_in_the_file_of_the_ca(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_list_in_the_file_of_the_ca(self, local: Lab, tmp_path: Path) -> None:
         revoked = local.ca.issue("revoked")
         file = tmp_path / "ca-and-list.pem"
         file.write_text(local.ca.pem + local.ca.revoke(revoked))

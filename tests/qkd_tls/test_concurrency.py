@@ -15,14 +15,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import psutil
 import pytest
 
 from kms_client import Etsi014Client, QKDKey
 from kms_client.emulator import DemoPKI
-from qkd_tls import Path, Protection, QKDContext, QKDInfo, create_default_context
+from qkd_tls import HandshakePath, Protection, QKDContext, QKDInfo, create_default_context
 from qkd_tls.openssl import TLSConnection
 from tests.support.sockets import TIMEOUT, Authority, Identity
 
@@ -36,7 +36,7 @@ class KMEProcess:
     process: subprocess.Popen[str]
     pki: DemoPKI
     urls: dict[str, str]
-    record: FilePath
+    record: Path
 
     def client(self, side: str) -> Etsi014Client:
         pki = self.pki
@@ -51,7 +51,7 @@ class KMEProcess:
 
 
 @pytest.fixture
-def kme_process(tmp_path: FilePath) -> Iterator[KMEProcess]:
+def kme_process(tmp_path: Path) -> Iterator[KMEProcess]:
     record = tmp_path / "deliveries"
     arguments = ["--dir", str(tmp_path / "kme"), "--json", "--record", str(record), "--buffer", "3000"]
     process = subprocess.Popen(
@@ -203,7 +203,7 @@ def test_two_thousand_connections(traffic: Traffic, kme_process: KMEProcess) -> 
     for role in ("master", "slave"):
         assert collections.Counter(kme_process.delivered(role)) == used, f"delivered to the {role}"
 
-    bootstraps = [info for info in client_infos if info.path is Path.BOOTSTRAP]
+    bootstraps = [info for info in client_infos if info.path is HandshakePath.BOOTSTRAP]
     # Threads that start together make an association each; one serves a thousand connections.
     assert 2 <= len(bootstraps) <= 6 * THREADS
 

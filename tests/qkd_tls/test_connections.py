@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kms_client.emulator import RunningPair
-from qkd_tls import KDF, Path, Protection, QKDInfo, QKDSocket
+from qkd_tls import KDF, HandshakePath, Protection, QKDInfo, QKDSocket
 from qkd_tls.engine import ClientEngine
 from tests.support.sockets import Lab, Proxy, Server, StealingManager, talk
 
@@ -39,7 +39,7 @@ class TestPaths:
             talk(client)
             mine, theirs = hybrid(client), server.seen_info()
             assert same_on_both_sides(mine, theirs)
-            assert mine.path is Path.BOOTSTRAP
+            assert mine.path is HandshakePath.BOOTSTRAP
             assert (mine.client_sae_id, mine.server_sae_id) == ("SAE-A", "SAE-B")
             assert (mine.kms, theirs.kms) == (kmes.url_a, kmes.url_b)
             assert mine.kms_protocol == "etsi-014"
@@ -66,7 +66,11 @@ class TestPaths:
                     talk(client)
                     infos.append(hybrid(client))
                     assert same_on_both_sides(infos[-1], server.seen_info())
-        assert [info.path for info in infos] == [Path.BOOTSTRAP, Path.ASSOCIATED, Path.ASSOCIATED]
+        assert [info.path for info in infos] == [
+            HandshakePath.BOOTSTRAP,
+            HandshakePath.ASSOCIATED,
+            HandshakePath.ASSOCIATED,
+        ]
         assert len({info.association for info in infos}) == 1
         assert len({info.key_id for info in infos}) == 3
         assert [info.kms_round_trips for info in infos] == [1, 1, 1]
@@ -101,7 +105,7 @@ class TestPaths:
     def test_server_sae_id_is_asked_for_where_it_is_not_known(self, lab: Lab) -> None:
         context = lab.client(peer_sae_id=None)
         with Server(lab.server()) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     info = hybrid(client)
                     assert info.path is path
@@ -125,7 +129,7 @@ class TestChoices:
     def test_explicit_kem(self, lab: Lab, kem: str) -> None:
         context = lab.client(kem=kem)
         with Server(lab.server()) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     talk(client)
                     info = hybrid(client)
@@ -138,7 +142,7 @@ class TestChoices:
     def test_hash_of_the_psk_decides_the_cipher_suite(self, lab: Lab, kdf: KDF, cipher: str) -> None:
         context = lab.client(kdf=kdf)
         with Server(lab.server()) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     talk(client)
                     assert (hybrid(client).path, hybrid(client).cipher) == (path, cipher)
@@ -161,7 +165,7 @@ class TestChoices:
         client_context.set_alpn_protocols(offered)
         server_context.set_alpn_protocols(accepted)
         with Server(server_context) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(client_context) as client:
                     info = hybrid(client)
                     assert info.path is path
@@ -174,7 +178,7 @@ class TestChoices:
             pytest.skip("this machine has no IPv6 loopback address")
         context = lab.client(peer_sae_id={host: "SAE-B"})
         with Server(lab.server(), host=host) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context, host) as client:
                     talk(client)
                     assert hybrid(client).path is path
@@ -219,7 +223,7 @@ class TestChoices:
     def test_policy_prefer_is_hybrid_where_it_can_be(self, lab: Lab) -> None:
         context = lab.client(policy="prefer")
         with Server(lab.server(policy="prefer")) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     assert hybrid(client).path is path
                     assert same_on_both_sides(hybrid(client), server.seen_info())
@@ -230,7 +234,7 @@ class TestMutualTLS:
         context = lab.client()
         lab.client_identity.load_into(context)
         with Server(lab.server(mutual=True)) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     talk(client)
                     assert hybrid(client).path is path
@@ -243,7 +247,7 @@ class TestMutualTLS:
     def test_client_sees_the_server_certificate_on_every_connection(self, lab: Lab) -> None:
         context = lab.client()
         with Server(lab.server()) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(context) as client:
                     assert hybrid(client).path is path
                     assert client.getpeercert(binary_form=True) == lab.server_identity.der
@@ -281,7 +285,7 @@ class TestMutualTLS:
                 assert server.seen().certificate_der == lab.client_identity.der
             another.load_into(context)
             with server.connect(context) as client:
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
                 assert server.seen().certificate_der == another.der
 
 
@@ -299,18 +303,18 @@ class TestHealing:
                 talk(client)
                 healed = hybrid(client)
                 assert same_on_both_sides(healed, server.seen_info())
-            assert healed.path is Path.BOOTSTRAP
+            assert healed.path is HandshakePath.BOOTSTRAP
             assert healed.association != first.association
             # One key for the association that the server has lost, one for the new one.
             assert healed.kms_round_trips == 2
             with server.connect(context) as client:
                 again = hybrid(client)
-                assert (again.path, again.association) == (Path.ASSOCIATED, healed.association)
+                assert (again.path, again.association) == (HandshakePath.ASSOCIATED, healed.association)
 
     def test_server_forgets_associations(self, lab: Lab) -> None:
         context, server_context = lab.client(), lab.server()
         with Server(server_context) as server:
-            for path in (Path.BOOTSTRAP, Path.BOOTSTRAP):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.BOOTSTRAP):
                 with server.connect(context) as client:
                     talk(client)
                     assert hybrid(client).path is path
@@ -324,7 +328,7 @@ class TestHealing:
                 server.seen_info()
             context.forget_associations()
             with server.connect(context) as client:
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
                 assert hybrid(client).kms_round_trips == 1
 
     def test_announced_keys_of_a_forgotten_association_heal_too(self, lab: Lab) -> None:
@@ -335,7 +339,7 @@ class TestHealing:
             server_context.forget_associations()
             with server.connect(context) as client:
                 talk(client)
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
                 server.seen_info()
             with server.connect(context) as client:
                 assert hybrid(client).announced
@@ -353,7 +357,7 @@ class TestHealing:
             time.sleep(1.1)
             with server.connect(context) as client:
                 talk(client)
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
                 assert hybrid(client).association != first.association
 
     def test_key_unknown_to_the_servers_kme(self, lab: Lab, kmes: RunningPair) -> None:
@@ -368,7 +372,7 @@ class TestHealing:
                 talk(client)
                 info = hybrid(client)
                 theirs = server.seen_info()
-                assert info.path is Path.BOOTSTRAP
+                assert info.path is HandshakePath.BOOTSTRAP
                 assert info.key_id == theirs.key_id
                 assert info.key_id not in manager.stolen
                 assert len(manager.stolen) == 1
@@ -383,7 +387,9 @@ class TestHealing:
                     talk(client)
                     associations.append((hybrid(client).path, hybrid(client).association))
                     server.seen_info()
-        assert [path for path, _ in associations] == [Path.BOOTSTRAP] * 2 + [Path.ASSOCIATED] * 2
+        assert [path for path, _ in associations] == [HandshakePath.BOOTSTRAP] * 2 + [
+            HandshakePath.ASSOCIATED
+        ] * 2
         assert associations[0][1] == associations[2][1] != associations[1][1] == associations[3][1]
 
     def test_association_offered_under_another_name(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +402,7 @@ class TestHealing:
                 server.seen_info()
             with server.connect(context, "server.example") as client:
                 talk(client)
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
                 assert hybrid(client).association != first.association
                 server.seen_info()
             context.forget_associations()
@@ -413,7 +419,7 @@ class TestHealing:
                 server.seen_info()
             context.load_verify_locations(cadata=lab.server_identity.pem)
             with server.connect(context) as client:
-                assert hybrid(client).path is Path.BOOTSTRAP
+                assert hybrid(client).path is HandshakePath.BOOTSTRAP
 
     def test_server_without_qkd_after_a_restart(self, lab: Lab) -> None:
         """The association does not talk a client out of its policy."""
@@ -467,7 +473,10 @@ class TestRoundTrips:
             context = lab.client(**settings)
             with Server(lab.server()) as server, Proxy(server.address, latency=LATENCY) as proxy:
                 first, second = (self.round_trips(partial(proxy.connect, context)) for _ in range(2))
-                assert [server.seen_info().path for _ in range(2)] == [Path.BOOTSTRAP, Path.ASSOCIATED]
+                assert [server.seen_info().path for _ in range(2)] == [
+                    HandshakePath.BOOTSTRAP,
+                    HandshakePath.ASSOCIATED,
+                ]
             measured = (self.plain_tls(lab), first, second)
             # A busy machine can only add time: then measure again.
             if measured == expected:
@@ -489,12 +498,12 @@ class TestRoundTrips:
             assert hidden not in wire
 
 
-@pytest.mark.parametrize("path", [Path.BOOTSTRAP, Path.ASSOCIATED])
-def test_byte_by_byte(lab: Lab, path: Path) -> None:
+@pytest.mark.parametrize("path", [HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED])
+def test_byte_by_byte(lab: Lab, path: HandshakePath) -> None:
     """A network that delivers single bytes changes nothing."""
     context = lab.client()
     with Server(lab.server()) as server, Proxy(server.address) as proxy:
-        if path is Path.ASSOCIATED:
+        if path is HandshakePath.ASSOCIATED:
             with proxy.connect(context) as client:
                 talk(client)
             server.seen_info()

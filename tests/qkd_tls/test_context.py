@@ -12,14 +12,22 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kms_client import LocalKeyManager, QKDKey
 from kms_client.emulator import RunningPair
-from qkd_tls import KDF, Path, Policy, QKDContext, QKDFallbackWarning, QKDSocket, create_default_context
+from qkd_tls import (
+    KDF,
+    HandshakePath,
+    Policy,
+    QKDContext,
+    QKDFallbackWarning,
+    QKDSocket,
+    create_default_context,
+)
 from qkd_tls.association import Association
 from qkd_tls.psk import PSK
 from tests.support.sockets import TIMEOUT, Lab, Server, StealingManager, spellings, talk
@@ -173,7 +181,7 @@ class TestSettings:
                 assert after.selected_alpn_protocol() == "h2"
 
 
-def test_programs_of_the_standard_library(local: Lab, tmp_path: FilePath) -> None:
+def test_programs_of_the_standard_library(local: Lab, tmp_path: Path) -> None:
     """http.server with its listening socket wrapped, http.client with a context: no word of QKD in either."""
     protocols = []
 
@@ -212,8 +220,8 @@ def test_programs_of_the_standard_library(local: Lab, tmp_path: FilePath) -> Non
         server.shutdown()
         thread.join()
         server.server_close()
-    assert [info.path for info in protocols if info is not None] == [Path.BOOTSTRAP] * 2 + [
-        Path.ASSOCIATED
+    assert [info.path for info in protocols if info is not None] == [HandshakePath.BOOTSTRAP] * 2 + [
+        HandshakePath.ASSOCIATED
     ] * 2
 
 

@@ -14,14 +14,14 @@ import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kms_client import LocalKeyManager
 from qkd_tls import (
-    Path,
+    HandshakePath,
     Protection,
     QKDContext,
     QKDFallbackWarning,
@@ -70,7 +70,7 @@ class TestServerName:
         }
         seen = []
         with Server(server) as listening:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 for name, client in clients.items():
                     if over == "socket":
                         with listening.connect(client, name) as near:
@@ -216,7 +216,7 @@ class TestKeyLog:
     )
 
     @pytest.mark.parametrize("side", ["client", "server"])
-    def test_both_handshakes(self, local: Lab, tmp_path: FilePath, side: str) -> None:
+    def test_both_handshakes(self, local: Lab, tmp_path: Path, side: str) -> None:
         file = tmp_path / "keys"
         file.write_text("# as it was\n")
         contexts = {"client": local.client(), "server": local.server()}
@@ -246,7 +246,7 @@ class TestKeyLog:
         for random in found:
             assert bytes.fromhex(random) in sent
 
-    def test_none_ends_it(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_none_ends_it(self, local: Lab, tmp_path: Path) -> None:
         file = tmp_path / "keys"
         client = local.client()
         client.keylog_filename = str(file)
@@ -257,7 +257,7 @@ class TestKeyLog:
         shaken(client, local.server())
         assert file.stat().st_size == size
 
-    def test_environment(self, local: Lab, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_environment(self, local: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "keys"
         monkeypatch.setenv("SSLKEYLOGFILE", str(file))
         context = create_default_context(
@@ -268,7 +268,7 @@ class TestKeyLog:
         shaken(context, local.server())
         assert "CLIENT_TRAFFIC_SECRET_0" in file.read_text()
 
-    def test_file_that_cannot_be(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_file_that_cannot_be(self, local: Lab, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="nowhere"):
             local.client().keylog_filename = str(tmp_path / "nowhere" / "keys")
 
@@ -283,7 +283,7 @@ class TestPostHandshakeAuthentication:
 
     def test_over_memory(self, local: Lab) -> None:
         contexts = self.contexts(local)
-        for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+        for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
             client, server = shaken(*contexts)
             assert server.tls.qkd.path is path
             assert server.tls.getpeercert() is None
@@ -309,7 +309,7 @@ class TestPostHandshakeAuthentication:
             server.sendall(b".")
 
         with Server(server_context, handler) as server:
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 with server.connect(client_context) as client:
                     assert client.recv(1) == b"?"
                     client.sendall(b"!")
@@ -350,7 +350,7 @@ class TestPostHandshakeAuthentication:
 class TestRevocationOfChains:
     """`verify_flags` with revocation lists: of the leaf only, or of every CA on the way."""
 
-    def test_revoked_intermediate(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_revoked_intermediate(self, local: Lab, tmp_path: Path) -> None:
         root = Authority(tmp_path, "Root")
         intermediate = Authority(tmp_path, "Intermediate", issuer=root)
         leaf = intermediate.issue("leaf")
@@ -380,7 +380,7 @@ class TestRevocationOfChains:
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         shaken(context, local.server())
 
-    def test_partial_chain(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_partial_chain(self, local: Lab, tmp_path: Path) -> None:
         root = Authority(tmp_path, "Root")
         intermediate = Authority(tmp_path, "Intermediate", issuer=root)
         server = local.server()
@@ -397,7 +397,7 @@ class TestRevocationOfChains:
 
 class TestTrustReadBack:
     @pytest.mark.parametrize("how", ["cafile", "PEM", "DER", "several PEM", "several DER", "capath"])
-    def test_ca_certificates(self, local: Lab, tmp_path: FilePath, how: str) -> None:
+    def test_ca_certificates(self, local: Lab, tmp_path: Path, how: str) -> None:
         one, two = local.ca, Authority(tmp_path, "Second")
         # The name that OpenSSL's c_rehash would give; any will do for reading a whole directory.
         hashed = tmp_path / "hashed"
@@ -430,7 +430,7 @@ class TestTrustReadBack:
         with pytest.warns(QKDFallbackWarning):
             shaken(context, local.server(policy="prefer"))
 
-    def test_lists_are_counted(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_lists_are_counted(self, local: Lab, tmp_path: Path) -> None:
         file = tmp_path / "list.pem"
         file.write_text(local.ca.revoke())
         context = local.client()
@@ -457,7 +457,7 @@ class TestTrustReadBack:
         with pytest.raises(TypeError, match="cannot be all omitted"):
             QKDContext(policy="off").load_verify_locations()
 
-    def test_system(self, monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath, local: Lab) -> None:
+    def test_system(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local: Lab) -> None:
         """The files that the environment names, as for the standard library."""
         directory = tmp_path / "certs"
         directory.mkdir()
@@ -616,13 +616,13 @@ class TestReloading:
         carry(open_server, open_client)
         assert open_client.tls.read() == b"still open"
         later, _ = shaken(associated, server)
-        assert later.tls.qkd.path is Path.ASSOCIATED
+        assert later.tls.qkd.path is HandshakePath.ASSOCIATED
         assert later.tls.getpeercert(True) == local.server_identity.der
         fresh, _ = shaken(local.client(), server)
         assert fresh.tls.getpeercert(True) == renewed.der
         server.forget_associations()
         healed, _ = shaken(associated, server)
-        assert healed.tls.qkd.path is Path.BOOTSTRAP
+        assert healed.tls.qkd.path is HandshakePath.BOOTSTRAP
         assert healed.tls.getpeercert(True) == renewed.der
 
     def test_of_a_client(self, local: Lab) -> None:
@@ -633,10 +633,10 @@ class TestReloading:
         renewed = local.ca.issue("renewed client", ["client.example"])
         renewed.load_into(client)
         _, seen = shaken(client, server)
-        assert seen.tls.qkd.path is Path.BOOTSTRAP
+        assert seen.tls.qkd.path is HandshakePath.BOOTSTRAP
         assert seen.tls.getpeercert(True) == renewed.der
 
-    def test_from_many_threads(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_from_many_threads(self, local: Lab, tmp_path: Path) -> None:
         """Settings change while others connect: every connection gets one valid set of them."""
         client, server = local.client(), local.server()
         identities = [local.ca.issue(f"thread-{number}") for number in range(3)]
@@ -675,7 +675,7 @@ class TestReloading:
             changing.result(TIMEOUT)
 
 
-def test_key_logs_are_closed(local: Lab, tmp_path: FilePath) -> None:
+def test_key_logs_are_closed(local: Lab, tmp_path: Path) -> None:
     """One file is open for each compiled context, and no longer."""
     client = local.client()
     client.keylog_filename = str(tmp_path / "keys")
@@ -688,7 +688,7 @@ def test_key_logs_are_closed(local: Lab, tmp_path: FilePath) -> None:
     gc.collect()
     open_files = [
         link
-        for link in FilePath("/proc/self/fd").iterdir()
+        for link in Path("/proc/self/fd").iterdir()
         if link.is_symlink() and "keys" in str(link.readlink())
     ]
     assert open_files == []

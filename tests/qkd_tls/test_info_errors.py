@@ -11,7 +11,7 @@ from qkd_tls import errors
 from qkd_tls.control import RejectCode
 from qkd_tls.engine.hints import CLIENT_HINTS, REJECT_HINTS, SERVER_HINTS, with_hint
 from qkd_tls.errors import QKDError, QKDKeyMismatch, QKDProtocolError, QKDUnavailable, ssl_error
-from qkd_tls.info import Path, Protection, QKDInfo
+from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.policy import Policy
 
 
@@ -21,7 +21,7 @@ class TestInfo:
             protection=Protection.HYBRID,
             group="X25519MLKEM768",
             cipher="TLS_AES_256_GCM_SHA384",
-            path=Path.ASSOCIATED,
+            path=HandshakePath.ASSOCIATED,
             key_id="key-1",
         )
         plain = info.as_dict()

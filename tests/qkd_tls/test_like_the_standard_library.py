@@ -10,7 +10,7 @@ import socket
 import ssl
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +131,7 @@ def test_options_that_cannot_be(local: Lab, value: Any, error: type[Exception]) 
 
 
 class TestPrivateKeys:
-    def test_a_damaged_certificate(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_a_damaged_certificate(self, local: Lab, tmp_path: Path) -> None:
         damaged = tmp_path / "damaged.pem"
         damaged.write_text("-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----\n")
         with pytest.raises(ssl.SSLError, match=r"PEM lib: a certificate in .* is damaged"):
@@ -147,14 +147,14 @@ class TestPrivateKeys:
         ],
     )
     def test_passwords_that_are_none(
-        self, local: Lab, tmp_path: FilePath, password: Any, error: type[Exception], text: str
+        self, local: Lab, tmp_path: Path, password: Any, error: type[Exception], text: str
     ) -> None:
         identity = Authority(tmp_path).issue("encrypted", password=b"pass phrase")
         with pytest.raises(error, match=text):
             local.server().load_cert_chain(identity.cert_file, identity.key_file, password)
 
 
-def test_key_log(local: Lab, tmp_path: FilePath) -> None:
+def test_key_log(local: Lab, tmp_path: Path) -> None:
     """The secrets of both handshakes of a first connection."""
     client = local.client()
     client.keylog_filename = str(tmp_path / "keys")

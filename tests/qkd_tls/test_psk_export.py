@@ -17,7 +17,7 @@ import pytest
 
 from kms_client import KMSError, LocalKeyManager
 from kms_client.emulator import RunningPair
-from qkd_tls import Path, Protection, QKDContext, QKDUnavailable
+from qkd_tls import HandshakePath, Protection, QKDContext, QKDUnavailable
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
@@ -91,7 +91,7 @@ def bootstrapped(server: Server, context: QKDContext, name: str = "localhost") -
     """A client's connection, closed."""
     with server.connect(context, name) as sock:
         pass
-    assert server.seen_info().path is Path.BOOTSTRAP
+    assert server.seen_info().path is HandshakePath.BOOTSTRAP
     return sock
 
 
@@ -111,7 +111,7 @@ def test_it_opens_a_connection(lab: Lab, kdf: KDF, name: str) -> None:
             client.close()
         info = server.seen_info()
     assert info.protection is Protection.HYBRID
-    assert info.path is Path.ASSOCIATED
+    assert info.path is HandshakePath.ASSOCIATED
     assert info.key_id == exported.key_id != sock.qkd.key_id
     assert info.association == sock.qkd.association
     assert info.kms_round_trips == 1
@@ -159,7 +159,7 @@ def test_the_client_goes_on_as_before(local: Lab) -> None:
             assert again.qkd is not None
             assert again.qkd.announced
             assert again.qkd.key_id != exported.key_id
-        assert server.seen_info().path is Path.ASSOCIATED
+        assert server.seen_info().path is HandshakePath.ASSOCIATED
 
 
 def test_the_secret_is_in_no_repr(local: Lab) -> None:

@@ -21,7 +21,7 @@ import pytest
 from kms_client import Etsi014Client, LocalKeyManager
 from kms_client.emulator import RunningPair
 from qkd_tls import (
-    Path,
+    HandshakePath,
     Protection,
     QKDContext,
     QKDError,
@@ -324,7 +324,7 @@ class TestAssociatedConnection:
         again = attempt(server, context)
         assert again.talked
         assert isinstance(again.client, QKDInfo)
-        assert again.client.path is Path.ASSOCIATED
+        assert again.client.path is HandshakePath.ASSOCIATED
 
     @pytest.mark.parametrize(("client_policy", "server_policy"), POLICIES)
     def test_servers_kme_fails(
@@ -340,14 +340,14 @@ class TestAssociatedConnection:
 
 
 @pytest.mark.parametrize(("client_policy", "server_policy"), POLICIES)
-@pytest.mark.parametrize("path", [Path.BOOTSTRAP, Path.ASSOCIATED])
+@pytest.mark.parametrize("path", [HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED])
 def test_different_keys(
-    lab: Lab, kmes: RunningPair, path: Path, client_policy: str, server_policy: str
+    lab: Lab, kmes: RunningPair, path: HandshakePath, client_policy: str, server_policy: str
 ) -> None:
     """An error on both sides that names the key, under every policy: somebody may be in between."""
     context = lab.client(policy=client_policy)
     with Server(lab.server(policy=server_policy)) as server:
-        if path is Path.ASSOCIATED:
+        if path is HandshakePath.ASSOCIATED:
             assert attempt(server, context).talked
         before = set(kmes.deliveries)
         kmes.faults("b").corrupt_keys = True

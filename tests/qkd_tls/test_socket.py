@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import OpenSSL.SSL
@@ -752,7 +752,7 @@ class TestWriting:
         client.close()
         assert time.monotonic() - start < 0.2
 
-    def test_sendfile(self, pair: tuple[QKDSocket, QKDSocket], tmp_path: FilePath) -> None:
+    def test_sendfile(self, pair: tuple[QKDSocket, QKDSocket], tmp_path: Path) -> None:
         """Through TLS, not past it."""
         client, server = pair
         path = tmp_path / "file"

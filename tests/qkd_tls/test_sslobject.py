@@ -14,7 +14,7 @@ import pytest
 
 from kms_client import KMSUnavailable, LocalKeyManager, QKDKey
 from qkd_tls import (
-    Path,
+    HandshakePath,
     Protection,
     QKDContext,
     QKDFallbackWarning,
@@ -267,7 +267,11 @@ def test_name_to_check_is_needed(local: Lab) -> None:
 class TestHandshake:
     def test_bootstrap_then_associated(self, local: Lab) -> None:
         client_context, server_context = local.client(announced_keys=1), local.server()
-        for path, announced in ((Path.BOOTSTRAP, False), (Path.ASSOCIATED, True), (Path.ASSOCIATED, False)):
+        for path, announced in (
+            (HandshakePath.BOOTSTRAP, False),
+            (HandshakePath.ASSOCIATED, True),
+            (HandshakePath.ASSOCIATED, False),
+        ):
             client, server = sides(client_context, server_context)
             shake_hands(client, server)
             assert client.tls.qkd.protection is server.tls.qkd.protection is Protection.HYBRID

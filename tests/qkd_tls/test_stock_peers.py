@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +44,7 @@ def warned(*expected: tuple[type[Warning], str]) -> Iterator[None]:
     assert sorted(one.category.__name__ for one in caught) == sorted(kind.__name__ for kind, _ in expected)
     for one in caught:
         assert any(one.category is kind and text in str(one.message) for kind, text in expected)
-        assert FilePath(one.filename).parent in (FilePath(__file__).parent, FilePath(sockets.__file__).parent)
+        assert Path(one.filename).parent in (Path(__file__).parent, Path(sockets.__file__).parent)
 
 
 # --- Node.js

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from kms_client import SecureSite
 from kms_client.credentials import client_context
-from kms_client.doctor import Credentials, Finding, Report, Setting, Side, Verdict, examine
+from kms_client.doctor import Finding, Report, SAECredentials, Setting, Side, Verdict, examine
 from kms_client.emulator import DemoPKI, RunningPair
 from kms_client.emulator.kme import server_context
 
@@ -130,10 +130,10 @@ def twisted(
         server.server_close()
 
 
-def credentials(pki: DemoPKI, side: str) -> Credentials:
+def credentials(pki: DemoPKI, side: str) -> SAECredentials:
     stem = pki.directory / f"sae-{side}"
     sae_id = pki.sae_a if side == "a" else pki.sae_b
-    return Credentials(sae_id, pki.kms_ca, cert=stem.with_suffix(".pem"), key=stem.with_suffix(".key"))
+    return SAECredentials(sae_id, pki.kms_ca, cert=stem.with_suffix(".pem"), key=stem.with_suffix(".key"))
 
 
 def setting(pki: DemoPKI, url_a: str, url_b: str | None = None, **others: Any) -> Setting:

@@ -13,8 +13,8 @@ from itertools import count
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kms_client.emulator.link.arrays import Bits
 from kms_client.emulator.link.authentication.reserve import KeyReserve
 from kms_client.emulator.link.figures import Block, Figures
 from kms_client.emulator.link.messages import (
@@ -44,7 +44,6 @@ __all__ = [
     "key_id",
 ]
 
-_Bits = NDArray[np.uint8]
 _SECURITY: Final = Security()
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -280,7 +279,7 @@ class Party:
         ).bits
         return min(length, tally.sifted)
 
-    def _cut(self, block: int, secret: _Bits, share: Share) -> tuple[bytearray, BlockKeys]:
+    def _cut(self, block: int, secret: Bits, share: Share) -> tuple[bytearray, BlockKeys]:
         """The refill of the reserve, and the keys."""
         refill_bits = 8 * share.material
         refill = bytearray(np.packbits(secret[:refill_bits]))

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kms_client.emulator.link.arrays import Bits
 from kms_client.emulator.link.photonics.line import Sent
 from kms_client.emulator.link.photonics.parameters import CHECK_BASIS, KEY_BASIS
 from kms_client.emulator.link.photonics.receiver import Clicks
 
 __all__ = ["Sifted", "Tally", "announcement", "reply", "take_reply"]
 
-Bits = NDArray[np.uint8]
 
 _HEAD = struct.Struct(">II")
 _WIDTHS = (1, 2, 4)

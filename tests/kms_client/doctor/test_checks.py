@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from OpenSSL import SSL
 
 from kms_client import KeyAlreadyUsed, KMSAuthenticationError, SecureSite
-from kms_client.doctor import Credentials, Report, Side, Verdict, checks, examine
+from kms_client.doctor import Report, SAECredentials, Side, Verdict, checks, examine
 from kms_client.doctor.report_html import html
 from kms_client.doctor.report_text import text
 from kms_client.emulator import DemoPKI, Limits, OSRandomSource, RunningPair, add_sae, run_pair
@@ -84,9 +84,9 @@ def pair() -> Iterator[RunningPair]:
 
 
 @pytest.fixture(scope="module")
-def other(pair: RunningPair) -> Credentials:
+def other(pair: RunningPair) -> SAECredentials:
     cert, key = add_sae(pair.pki, "SAE-C", "sae-c")
-    return Credentials("SAE-C", pair.pki.kms_ca, cert=cert, key=key)
+    return SAECredentials("SAE-C", pair.pki.kms_ca, cert=cert, key=key)
 
 
 def as_it_is(request: Request) -> Answered:
@@ -96,12 +96,12 @@ def as_it_is(request: Request) -> Answered:
 # --- good KMEs
 
 
-def test_a_pair_without_fault(other: Credentials) -> None:
+def test_a_pair_without_fault(other: SAECredentials) -> None:
     source = Recorded()
     said: list[str] = []
     with run_pair(source=source, buffer=60, more_saes={"b": ["SAE-C"]}) as pair:
         cert, key = add_sae(pair.pki, "SAE-C", "sae-c")
-        third = Credentials("SAE-C", pair.pki.kms_ca, cert=cert, key=key)
+        third = SAECredentials("SAE-C", pair.pki.kms_ca, cert=cert, key=key)
         report = examine(setting(pair.pki, pair.url_a, pair.url_b, other=third, progress=said.append))
         delivered = [d for d in pair.deliveries if d.role == "master"]
         fetched = [d for d in pair.deliveries if d.role == "slave"]
@@ -149,7 +149,7 @@ def test_few_keys_are_left_alone() -> None:
     expect(report, "rate", WARN, "no more keys")
 
 
-def test_a_third_sae_without_a_key_to_ask_for(other: Credentials) -> None:
+def test_a_third_sae_without_a_key_to_ask_for(other: SAECredentials) -> None:
     with run_pair(initial=0, rate=0, more_saes={"b": ["SAE-C"]}) as pair:
         report = examine(setting(pair.pki, pair.url_a, pair.url_b, other=other))
     expect(report, "by-id.wrong-slave", SKIP, "no key was delivered to the master")
@@ -200,7 +200,7 @@ def changed_refusals(change: Callable[[Answered], Answered]) -> Callable[[Reques
     return twist
 
 
-def test_a_kme_that_refuses_nothing(pair: RunningPair, other: Credentials) -> None:
+def test_a_kme_that_refuses_nothing(pair: RunningPair, other: SAECredentials) -> None:
     report = diagnose(pair, lambda request: lenient(request), other=other)
     for check in REFUSALS:
         expect(report, check, FAIL, "accepted, 1 key delivered")
@@ -218,7 +218,7 @@ def lenient(request: Request) -> Answered:
     return fresh_container(request)
 
 
-def test_a_kme_with_other_status_codes_and_html(pair: RunningPair, other: Credentials) -> None:
+def test_a_kme_with_other_status_codes_and_html(pair: RunningPair, other: SAECredentials) -> None:
     page = Answered(404, b"<html><h1>Not found</h1></html>", "text/html")
     report = diagnose(pair, changed_refusals(lambda _: page), other=other)
     for check in REFUSALS:
@@ -568,7 +568,7 @@ def test_outside_the_secure_site(pair: RunningPair) -> None:
 
 def test_another_ca(pair: RunningPair) -> None:
     as_a = credentials(pair.pki, "a")
-    wrong = Credentials("SAE-A", pair.pki.app_ca, cert=as_a.cert, key=as_a.key)
+    wrong = SAECredentials("SAE-A", pair.pki.app_ca, cert=as_a.cert, key=as_a.key)
     report = examine(setting(pair.pki, pair.url_a, credentials_a=wrong))
     expect(report, "tls.certificate", FAIL, "refused: ")
     expect(report, "identity.accepted", SKIP, "not verified")
@@ -578,7 +578,7 @@ def test_another_ca(pair: RunningPair) -> None:
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_an_sae_whose_certificate_is_refused(pair: RunningPair, version: ssl.TLSVersion) -> None:
     pki = pair.pki
-    stranger = Credentials("SAE-A", pki.kms_ca, cert=pki.client_cert, key=pki.client_key)
+    stranger = SAECredentials("SAE-A", pki.kms_ca, cert=pki.client_cert, key=pki.client_key)
     context = server_context(pki.kme_a_cert, pki.kme_a_key, pki.kms_ca)
     context.maximum_version = version
     report = diagnose(pair, as_it_is, both=False, context=context, credentials_a=stranger)
@@ -676,7 +676,7 @@ def test_pkcs12(pair: RunningPair, tmp_path: Path) -> None:
     file = tmp_path / "sae.p12"
     file.write_bytes(
         serialization.pkcs12.serialize_key_and_certificates(b"sae", key, cert, None, encryption))  # type: ignore[arg-type]  # fmt: skip
-    as_a = Credentials("SAE-A", pki.kms_ca, pkcs12=file, key_password="secret")
+    as_a = SAECredentials("SAE-A", pki.kms_ca, pkcs12=file, key_password="secret")
     report = examine(setting(pki, pair.url_a, credentials_a=as_a, take_keys=False))
     assert report.counts[FAIL] == report.counts[WARN] == 0
     assert "secret" not in repr(as_a)
@@ -718,7 +718,7 @@ def test_keys_are_wiped_when_the_examination_is_broken_off(pair: RunningPair) ->
 
 
 def test_credentials_that_cannot_be_loaded(pair: RunningPair, tmp_path: Path) -> None:
-    missing = Credentials("SAE-A", pair.pki.kms_ca, cert=tmp_path / "none.pem")
+    missing = SAECredentials("SAE-A", pair.pki.kms_ca, cert=tmp_path / "none.pem")
     with pytest.raises(KMSAuthenticationError, match="cannot be loaded"):
         Side("A", pair.url_a, missing, "SAE-B", timeout=1)
 

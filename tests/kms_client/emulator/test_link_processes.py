@@ -332,14 +332,14 @@ def test_garbage_on_the_fibre_ends_the_session_and_the_next_goes_on(
 ) -> None:
     async def test() -> None:
         async with running(pki) as sides:
-            send = qkd_wire.Fibre.send
+            send = qkd_wire.FibreConnection.send
 
-            async def garbage(fibre: qkd_wire.Fibre, number: int, photons: Any) -> None:
+            async def garbage(fibre: qkd_wire.FibreConnection, number: int, photons: Any) -> None:
                 monkeypatch.undo()
                 fibre._writer.write(b"\xff" * 8)
                 await send(fibre, number, photons)
 
-            monkeypatch.setattr(qkd_wire.Fibre, "send", garbage)
+            monkeypatch.setattr(qkd_wire.FibreConnection, "send", garbage)
             sides.a.controls.change({"paused": True})
             sides.a.controls.change({"paused": False})
             await until(lambda: "a frame of photons has 4294967295 bytes" in str(sides.figures[1]["events"]))

@@ -22,7 +22,7 @@ import urllib3
 import qkd_tls
 from kms_client import Etsi014Client, KeyManager
 from kms_client.emulator import RunningPair, run_pair
-from qkd_tls import Path, Protection, QKDContext, QKDInfo, QKDSocket, QKDUnavailable
+from qkd_tls import HandshakePath, Protection, QKDContext, QKDInfo, QKDSocket, QKDUnavailable
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
 
 
@@ -102,7 +102,7 @@ def test_a_response_says_what_protected_its_connection(setup: Setup) -> None:
         response = session.get(f"{setup.url}/", timeout=10)
         info = qkd_info(response)
     assert info.protection is Protection.HYBRID
-    assert info.path is Path.BOOTSTRAP
+    assert info.path is HandshakePath.BOOTSTRAP
     assert response.text == info.key_id
     assert info.alpn == "http/1.1"
 
@@ -119,7 +119,7 @@ def test_each_new_connection_has_a_key_of_its_own(setup: Setup) -> None:
     with setup.session() as session:
         responses = [session.get(f"{setup.url}/close", timeout=10) for _ in range(4)]
     infos = [qkd_info(response) for response in responses]
-    assert [info.path for info in infos] == [Path.BOOTSTRAP] + 3 * [Path.ASSOCIATED]
+    assert [info.path for info in infos] == [HandshakePath.BOOTSTRAP] + 3 * [HandshakePath.ASSOCIATED]
     assert [info.key_id for info in infos] == [response.text for response in responses]
     assert len({info.key_id for info in infos}) == 4
 

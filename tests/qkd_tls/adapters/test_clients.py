@@ -385,7 +385,6 @@ class TestRedis:
             )
             context = client.connection_pool.connection_kwargs["qkd_context"]
             context._trusted.clear()
-            context._note_change()
             async with client:
                 with pytest.raises(redis.ConnectionError, match="verify failed"):
                     await client.ping()

@@ -14,14 +14,14 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kms_client import KMSUnavailable, QKDKey, UnknownKey
 from qkd_tls import (
-    Path,
+    HandshakePath,
     Protection,
     QKDContext,
     QKDFallbackWarning,
@@ -175,9 +175,9 @@ class TestStreams:
             client = local.client(announced_keys=1)
             async with Echo(local.server()) as server:
                 for path, announced in (
-                    (Path.BOOTSTRAP, False),
-                    (Path.ASSOCIATED, True),
-                    (Path.ASSOCIATED, False),
+                    (HandshakePath.BOOTSTRAP, False),
+                    (HandshakePath.ASSOCIATED, True),
+                    (HandshakePath.ASSOCIATED, False),
                 ):
                     reader, writer = await server.connect(client)
                     tls = await talk(reader, writer)
@@ -197,7 +197,7 @@ class TestStreams:
         async def main() -> None:
             async with Echo(lab.server()) as server:
                 client = lab.client()
-                for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+                for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                     tls = await talk(*await server.connect(client))
                     assert tls.qkd is not None
                     assert tls.qkd.path is path
@@ -300,7 +300,7 @@ class TestStreams:
                 await closed(writer)
 
             server = await asyncio.start_server(serve, "127.0.0.1", 0)
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
                 writer.write(b"STARTTLS\n")
                 assert await reader.readline() == b"go ahead\n"
@@ -868,7 +868,7 @@ class TestWrapSocket:
                     raw = socket.create_connection(listening.getsockname(), timeout=TIMEOUT)
                     return client.wrap_socket(raw, server_hostname="localhost")
 
-                for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+                for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                     dialling = loop.run_in_executor(None, dial)
                     raw, _ = await loop.sock_accept(listening)
                     tls = await aio.wrap_socket(raw, server, server_side=True)
@@ -879,7 +879,7 @@ class TestWrapSocket:
                 listening.close()
                 return
             with Server(server, echo) as echoing:
-                for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+                for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                     with await aio.wrap_socket(echoing.tcp(), client, server_hostname="localhost") as tls:
                         assert type(tls) is QKDSocket
                         assert tls.gettimeout() == 0.0
@@ -995,7 +995,7 @@ class TestEventLoop:
                 await closed(writer)
 
             server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_context)
-            for path in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for path in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 reader, writer = await asyncio.open_connection(
                     *server.sockets[0].getsockname(), ssl=client_context, server_hostname="localhost"
                 )
@@ -1021,7 +1021,7 @@ class TestEventLoop:
 
         run(main(), aio.EventLoop)
 
-    def test_unix_sockets(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_unix_sockets(self, local: Lab, tmp_path: Path) -> None:
         async def main() -> None:
             managers = {name: Manager(local.manager(name)) for name in ("client", "server")}
             path = str(tmp_path / "socket")
@@ -1034,7 +1034,7 @@ class TestEventLoop:
                 serve, path, ssl=local.server(key_manager=managers["server"])
             )
             client = local.client(key_manager=managers["client"])
-            for expected in (Path.BOOTSTRAP, Path.ASSOCIATED):
+            for expected in (HandshakePath.BOOTSTRAP, HandshakePath.ASSOCIATED):
                 reader, writer = await asyncio.open_unix_connection(
                     path, ssl=client, server_hostname="localhost"
                 )
@@ -1074,7 +1074,7 @@ class TestEventLoop:
 
         run(main(), aio.EventLoop)
 
-    def test_plain_and_stock_connections(self, local: Lab, tmp_path: FilePath) -> None:
+    def test_plain_and_stock_connections(self, local: Lab, tmp_path: Path) -> None:
         """Everything that has no QKDContext is asyncio's own."""
 
         async def main() -> None:

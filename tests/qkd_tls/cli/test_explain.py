@@ -12,7 +12,7 @@ import pytest
 
 from qkd_tls.cli.failure import CommandError
 from qkd_tls.cli.picture import attacker_needs, draw, draw_svg
-from qkd_tls.cli.report import Certificate, Report, secrets_of
+from qkd_tls.cli.report import Certificate, ConnectionReport, secrets_of
 from tests.support.commands import Site, record, running_server, text
 
 HYBRID: dict[str, Any] = {
@@ -37,8 +37,8 @@ WITHOUT_QKD: dict[str, Any] = {
 }
 
 
-def report(base: dict[str, Any] = HYBRID, *, role: str = "client", **changes: Any) -> Report:
-    return Report.from_dict({"role": role, "peer": "server.example:8443", "qkd": base | changes})
+def report(base: dict[str, Any] = HYBRID, *, role: str = "client", **changes: Any) -> ConnectionReport:
+    return ConnectionReport.from_dict({"role": role, "peer": "server.example:8443", "qkd": base | changes})
 
 
 def test_a_connection_that_it_makes(client_site: Site, echo: str) -> None:
@@ -87,7 +87,7 @@ def test_a_line_of_the_servers_json_and_of_a_tunnels_audit_log(client_site: Site
     with running_server(server_site) as running:
         assert client_site.run("connect", running.address, "-q").returncode == 0
         seen = running.record()
-    drawn = "\n".join(draw(Report.from_dict(seen)))
+    drawn = "\n".join(draw(ConnectionReport.from_dict(seen)))
     assert "The server asked the client for no certificate." in drawn
     assert seen["qkd"]["key_id"] in drawn
     line = {
@@ -97,10 +97,10 @@ def test_a_line_of_the_servers_json_and_of_a_tunnels_audit_log(client_site: Site
         "peer_subject": "CN=client",
         **HYBRID,
     }
-    audited = Report.from_dict(line)
+    audited = ConnectionReport.from_dict(line)
     assert (audited.role, audited.peer) == ("server", "192.0.2.1:1234")
     assert "This server checked the client's certificate: CN=client." in "\n".join(draw(audited))
-    assert Report.from_dict(line | {"mode": "client"}).peer == "127.0.0.1:80"
+    assert ConnectionReport.from_dict(line | {"mode": "client"}).peer == "127.0.0.1:80"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,9 @@ def test_the_key() -> None:
 def test_the_server_and_the_client_with_a_certificate() -> None:
     drawn = "\n".join(draw(report(role="server")))
     assert re.search(r"│ +client +│ .* │ +server +│\n│ +server.example:8443 +│.*│ +this program +│", drawn)
-    mine = Report.from_dict({"qkd": HYBRID, "own_certificate": True, "certificate": {"subject": "CN=s"}})
+    mine = ConnectionReport.from_dict(
+        {"qkd": HYBRID, "own_certificate": True, "certificate": {"subject": "CN=s"}}
+    )
     assert "The client has a certificate to show" in "\n".join(draw(mine))
 
 
@@ -221,4 +223,4 @@ def test_a_certificate_that_cannot_be_read() -> None:
 
 def test_no_record_is_a_usage_error() -> None:
     with pytest.raises(CommandError, match="it is not a JSON object"):
-        Report.from_dict("hello")
+        ConnectionReport.from_dict("hello")

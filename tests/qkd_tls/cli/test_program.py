@@ -19,7 +19,7 @@ from kms_client import KeyManager, KMSError, LocalKeyManager
 from qkd_tls import QKDUnavailable
 from qkd_tls.cli import main
 from qkd_tls.cli.failure import CommandError, ExitCode, explain_error
-from qkd_tls.cli.handshake import Handshake, Line, Watch, describe_step
+from qkd_tls.cli.handshake import Handshake, TimelineEntry, Watch, describe_step
 from qkd_tls.cli.terminal import printable
 from qkd_tls.engine import TRANSITIONS, Event, State, Step
 from qkd_tls.errors import ssl_error
@@ -289,7 +289,7 @@ def test_what_nobody_watches_is_not_noted() -> None:
     watch = Watch()
     watch.step(Step("client", State.CLIENT_START, Event.NO_KEY_NEEDED, State.CLIENT_HELLO))
     assert watch.current is None
-    lines: list[Line] = []
+    lines: list[TimelineEntry] = []
     with watch.of(Handshake(lines.append)):
         watch.step(Step("client", State.CLIENT_START, Event.NO_KEY_NEEDED, State.CLIENT_HELLO))
     assert [line.what for line in lines] == ["TLS"]
@@ -303,7 +303,7 @@ def test_a_watched_key_manager_is_the_same_key_manager() -> None:
     assert (manager.protocol, manager.name, manager.sae_id) == (ours.protocol, ours.name, ours.sae_id)
     assert manager.status("SAE-B") == ours.status("SAE-B")
     [unwatched] = manager.get_keys("SAE-B")
-    lines: list[Line] = []
+    lines: list[TimelineEntry] = []
     with watch.of(Handshake(lines.append)):
         keys = watch.manager(theirs).get_keys_by_id("SAE-A", [unwatched.key_id])
         keys += manager.get_keys("SAE-B", 2)

@@ -11,7 +11,7 @@ import pytest
 from kms_client import KMSUnavailable
 from qkd_tls.control import Reject, RejectCode
 from qkd_tls.engine import TRANSITIONS, Event, FetchKeys, FetchKeysByID, NeedData, State
-from qkd_tls.info import Path, Protection
+from qkd_tls.info import HandshakePath, Protection
 from tests.support.memory import HOST, SAE_A, SAE_B, Conversation, World, hand_driven_server, link, pki
 from tests.support.scenarios import (
     ASKS_FOR_CERTIFICATE,
@@ -107,7 +107,7 @@ class TestInfo:
         world = World()
         conversation = world.connect()
         client, server = conversation.infos
-        assert (client.protection, client.path) == (Protection.HYBRID, Path.BOOTSTRAP)
+        assert (client.protection, client.path) == (Protection.HYBRID, HandshakePath.BOOTSTRAP)
         assert (client.group, client.cipher, client.alpn) == (
             "X25519MLKEM768",
             "TLS_AES_256_GCM_SHA384",

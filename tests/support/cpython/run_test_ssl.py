@@ -25,7 +25,7 @@ from typing import Any, Final, Self, TextIO
 
 from kms_client import LocalKeyManager
 from qkd_tls import QKDContext, QKDInfo, QKDSocket, create_default_context
-from qkd_tls.endpoint import Endpoint, Handshake
+from qkd_tls.endpoint import Endpoint, EndpointEngine
 from qkd_tls.info import Protection
 from qkd_tls.sslobject import QKDObject
 
@@ -77,7 +77,7 @@ def count_connections() -> None:
     """Count every connection of the process, however it is made."""
     establish = Endpoint._establish
 
-    def counted(self: Endpoint, engine: Handshake, info: QKDInfo) -> None:
+    def counted(self: Endpoint, engine: EndpointEngine, info: QKDInfo) -> None:
         counts[f"{'server' if self.server_side else 'client'} {info.protection}"] += 1
         establish(self, engine, info)
 

@@ -24,7 +24,7 @@ from kms_client.emulator.link.photonics.receiver import Clicks, Receiver
 from kms_client.emulator.link.postprocessing.finite_key import BlockCounts
 
 __all__ = [
-    "Outcome",
+    "ExperimentCounts",
     "measured_rate",
     "run",
     "total",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class ExperimentCounts:
     """Detections with equal bases, and errors in them; both by basis and intensity."""
 
     pulses: int
@@ -40,7 +40,7 @@ class Outcome:
     errors: NDArray[np.int64]
 
     @classmethod
-    def of(cls, choices: Choices, clicks: Clicks) -> Outcome:
+    def of(cls, choices: Choices, clicks: Clicks) -> ExperimentCounts:
         """Of a frame; `choices` are those for the pulses that clicked."""
         equal = choices.bases == clicks.bases
         wrong = equal & (choices.bits != clicks.bits)
@@ -73,20 +73,20 @@ class Outcome:
         return int(self.errors[KEY_BASIS].sum()) / detected if detected else RANDOM_ERROR
 
 
-def run(optics: Optics, pulses: int, rng: np.random.Generator, frames: int = 1) -> list[Outcome]:
+def run(optics: Optics, pulses: int, rng: np.random.Generator, frames: int = 1) -> list[ExperimentCounts]:
     """Sends some frames of so many pulses each over one line to one receiver."""
     line, receiver = Line(optics, rng), Receiver(optics.detector, optics.source, rng)
     outcomes = []
     for _ in range(frames):
         sent, photons = line.transmit(pulses)
         clicks = receiver.detect(photons)
-        outcomes.append(Outcome.of(sent.look_up(clicks.indices), clicks))
+        outcomes.append(ExperimentCounts.of(sent.look_up(clicks.indices), clicks))
     return outcomes
 
 
-def total(outcomes: Sequence[Outcome]) -> Outcome:
+def total(outcomes: Sequence[ExperimentCounts]) -> ExperimentCounts:
     """All frames as one."""
-    return Outcome(
+    return ExperimentCounts(
         sum(outcome.pulses for outcome in outcomes),
         np.sum([outcome.detections for outcome in outcomes], axis=0),
         np.sum([outcome.errors for outcome in outcomes], axis=0),
@@ -94,11 +94,11 @@ def total(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def measured_rate(
-    outcomes: Sequence[Outcome], source: Source, reconciliation: float = 1.22
+    outcomes: Sequence[ExperimentCounts], source: Source, reconciliation: float = 1.22
 ) -> tuple[float, float]:
     """The asymptotic key rate with two decoys that the frames show, and its standard error (jackknife over them)."""
 
-    def rate(some: Sequence[Outcome]) -> float:
+    def rate(some: Sequence[ExperimentCounts]) -> float:
         seen = total(some).rates(source)
         return asymptotic_rate(seen, bound_single_photons(seen, source), source, reconciliation)
 

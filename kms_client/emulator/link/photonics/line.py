@@ -23,6 +23,7 @@ from math import exp, expm1, factorial
 import numpy as np
 from numpy.typing import NDArray
 
+from kms_client.emulator.link.arrays import Bits, Indices
 from kms_client.emulator.link.photonics.parameters import CHECK_BASIS, Optics
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
 MAXIMUM_PULSES = 1 << 32
 """Pulses in a frame."""
 
-Bits = NDArray[np.uint8]
-Indices = NDArray[np.uint32]
 
 PHOTON_LIMIT = 40  # 5 photons on average: more than 40 have a probability below 2e-24
 HEADER = struct.Struct(">QI")

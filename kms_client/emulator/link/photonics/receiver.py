@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kms_client.emulator.link.arrays import Bits, Gates, Indices
 from kms_client.emulator.link.photonics.line import Photons, bernoulli_indices
 from kms_client.emulator.link.photonics.parameters import CHECK_BASIS, Detector, Source
 
@@ -25,9 +26,6 @@ __all__ = [
     "Receiver",
 ]
 
-Bits = NDArray[np.uint8]
-Indices = NDArray[np.uint32]
-Gates = NDArray[np.int64]
 
 NO_PARENT = -1
 

@@ -32,6 +32,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from kms_client.emulator.link.arrays import Bits, Places
+
 __all__ = [
     "MAXIMUM_BITS",
     "Corrector",
@@ -54,9 +56,6 @@ LATER_PASSES = 7
 LATER_BLOCKS = 4
 # The third pass begins when the first two find no more than this share of the errors: they take many rounds for them.
 TAIL = 0.002
-
-Bits = NDArray[np.uint8]
-Places = NDArray[np.int32]
 
 
 class ReconciliationError(ValueError):
