@@ -3,8 +3,8 @@
 The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and fills.
 
 Three others take part in a handshake, and each enters by one interface: the context (`EndpointContext`), the state
-machine that it makes (`EndpointEngine`), and what keeps the handshake going where the calling thread must not wait for a KMS
-(`Driver`).
+machine that it makes (`EndpointEngine`), and the `Driver`, which keeps the handshake going if the calling thread must
+not wait for a KMS.
 """
 
 from __future__ import annotations
