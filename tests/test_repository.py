@@ -60,6 +60,37 @@ def test_text_files_end_in_one_newline_and_have_no_trailing_spaces() -> None:
     assert found == []
 
 
+# A name of ours behind "install": no index has it before the first release.
+FROM_AN_INDEX = re.compile(
+    r"""install\s+(?:-\S+\s+)*["'`]?(?:qkd[-_]tls|kms[-_]client)(?=["'`\s\[.,;:)]|$)|\bqkd[-_]tls\["""
+)
+
+
+def test_no_file_tells_to_install_from_an_index_what_none_has() -> None:
+    found = []
+    for path in project_files():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in FROM_AN_INDEX.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("pip install NAME", True),
+        ("pip install -U --pre\n'NAME[emulator]'", True),
+        ("python -m pip install NAME.", True),
+        ("with the extra emulator of NAME[emulator]", True),
+        ("pip install '.[emulator]'\n$ NAME demo", False),
+        ("pip install dist/NAME-0.1.0-py3-none-any.whl", False),
+        ("pip install aiohttp numpy", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["qkd-tls", "qkd_tls"])
+def test_what_tells_to_install_from_an_index(text: str, told: bool, name: str) -> None:
+    assert bool(FROM_AN_INDEX.search(text.replace("NAME", name))) is told
+
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCES
@@ -168,3 +199,79 @@ def test_python_code_of_the_readme_compiles(sign: str) -> None:
     for block in blocks:
         lines = [line[1:] for line in block.splitlines() if line[0] in (" ", sign)]
         compile("\n".join(lines), "README.md", "exec")
+
+
+# --- docs/architecture.md
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+FOLDERS = ("kms_client", "kms_client/emulator", "kms_client/emulator/link", "qkd_tls")
+
+
+def section(heading: str) -> str:
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", ARCHITECTURE, re.MULTILINE | re.DOTALL)
+    assert found is not None, heading
+    return found.group(1)
+
+
+def columns(text: str) -> list[list[str]]:
+    """The cells of a page's table, without its head."""
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_architecture_names_all_that_is_in_a_folder(folder: str) -> None:
+    """A module by its name, a folder with a slash; nothing twice, and nothing that is not there."""
+    named = [name for first, *_ in columns(section(folder)) for name in re.findall(r"`([^`]+)`", first)]
+    modules = {path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")}
+    folders = {f"{path.relative_to(ROOT / folder).parts[0]}/" for path in (ROOT / folder).glob("*/*.*")}
+    assert sorted(named) == sorted(modules | folders - {"__pycache__/"})
+
+
+def test_the_architecture_sends_changes_to_paths_that_exist() -> None:
+    rows = columns(section("Where to make which change"))
+    paths = [path for _, second in rows for path in re.findall(r"`([\w./]+(?:\.py|\.md|/))`", second)]
+    assert len(paths) > len(rows)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports. All imports are absolute."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import(names=aliases):
+                names |= {alias.name for alias in aliases}
+            case ast.ImportFrom(level=level, module=str(module)):
+                assert level == 0
+                names.add(module)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "uses"),
+    [("kms_client", "kms_client"), ("kms_client/emulator/link", "kms_client.emulator.link")],
+)
+def test_imports_go_one_way(folder: str, uses: str) -> None:
+    found = {module for path in (ROOT / folder).rglob("*.py") for module in imported(path)}
+    ours = {module for module in found if module.partition(".")[0] in PACKAGES}
+    assert ours
+    assert {module for module in ours if module != uses and not module.startswith(f"{uses}.")} == set()
+
+
+def test_commands_alone_use_the_emulator() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if any(module.startswith("kms_client.emulator") for module in imported(path))
+    }
+    assert {name for name in users if not name.startswith("kms_client/emulator/")} == {
+        "kms_client/cli.py",
+        "qkd_tls/demo/story.py",
+    }
+
+
+def test_terms_of_the_glossary_are_sorted_and_there_once() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = [term.casefold() for term in re.findall(r"^(\S.*)\n: ", glossary, re.MULTILINE)]
+    assert terms == sorted(set(terms))
