@@ -6,9 +6,12 @@ import argparse
 import ast
 import importlib
 import re
+import shlex
 import subprocess
 import tomllib
+from importlib.util import find_spec
 from inspect import ismodule
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,6 @@ from tests.support.paths import ROOT
 
 PACKAGES = ("kms_client", "qkd_tls")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Written so that this file does not match itself.
 FORBIDDEN = re.compile(
@@ -135,22 +137,29 @@ def test_one_version() -> None:
     assert newest.group(1) == project["version"]
 
 
-# --- README.md
+# --- README.md, CONTRIBUTING.md, SECURITY.md
+
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+}
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"^```(?:console|text|sh)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return re.findall(r"^\$ (.+)$", "\n".join(blocks), re.MULTILINE)
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"^ *```(?:console|text|sh)?\n(.*?)^ *```", PAGES[page], re.MULTILINE | re.DOTALL)
+    return re.findall(r"^ *\$ (.+)$", "\n".join(blocks), re.MULTILINE)
 
 
-def test_the_readme_shows_commands() -> None:
-    assert "make demo" in readme_commands()
+def test_the_pages_show_commands() -> None:
+    assert "make demo" in commands("README.md")
+    assert ".venv/bin/python -m pytest tests/qkd_tls -k truncation" in commands("CONTRIBUTING.md")
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_exist(command: str) -> None:
-    words = command.split("#")[0].split()
-    match words:
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
+def test_commands_of_the_pages_exist(command: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    words = shlex.split(command, comments=True)
+    match [words[0].removeprefix(".venv/bin/"), *words[1:]]:
         case ["make", target]:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
@@ -158,12 +167,34 @@ def test_commands_of_the_readme_exist(command: str) -> None:
             parser = parser_of(program)
             assert subcommand in parser
             assert {option for option in options if option.startswith("--")} <= parser[subcommand]
+        case ["python", "-m", "pytest", *arguments]:
+            assert [argument for argument in arguments if "/" in argument and not collects(argument)] == []
+        case ["python" | "python3", "-m", module, *_]:
+            assert find_spec(module) is not None
         case ["python", script, *_]:
             assert (ROOT / script).is_file()
-        case ["pip", "install", *_] | ["git", "clone", *_] | ["cd", _]:
+        case ["pip", "install", *arguments]:
+            groups = {group for option, group in pairwise(arguments) if option == "--group"}
+            assert groups <= set(project["dependency-groups"])
+            for what, extra in re.findall(r"(\.|dist/\S+whl)(?:\[(\w+)\])?(?: |$)", " ".join(arguments)):
+                assert what in (".", f"dist/qkd_tls-{qkd_tls.__version__}-py3-none-any.whl")
+                assert extra in ("", *project["project"]["optional-dependencies"])
+        case ["git", "clone" | "log", *_] | ["cd", _]:
             pass
         case _:
             pytest.fail(f"nobody knows whether this exists: {command}")
+
+
+def collects(argument: str) -> bool:
+    """Whether what pytest is told to run is there: a file or folder, and class and test in it."""
+    path, *names = argument.split("::")
+    if not (ROOT / path).exists():
+        return False
+    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text(encoding="utf-8"))] if names else []
+    for name in names:
+        inside = [child for node in nodes for child in ast.iter_child_nodes(node)]
+        nodes = [child for child in inside if getattr(child, "name", None) == name]
+    return not names or nodes != []
 
 
 def parser_of(program: str) -> dict[str, set[str]]:
@@ -187,14 +218,42 @@ def parser_of(program: str) -> dict[str, set[str]]:
     return options
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)\s#]+)", README))))
-def test_links_of_the_readme_lead_to_files(target: str) -> None:
+def links(page: str) -> set[tuple[str, str]]:
+    """File and heading that a page links to."""
+    return set(re.findall(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)", PAGES[page]))
+
+
+@pytest.mark.parametrize(("target", "heading"), sorted({link for page in PAGES for link in links(page)}))
+def test_links_of_the_pages_lead_to_files_and_headings(target: str, heading: str) -> None:
     assert (ROOT / target).exists()
+    if heading:
+        text = (ROOT / target).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]
+
+
+def test_what_a_change_can_break_is_there() -> None:
+    """Both columns of CONTRIBUTING.md's table; a name without a folder is in that of the first one of its cell."""
+    found = re.search(
+        r"^### What a change can break\n(.*?)^#", PAGES["CONTRIBUTING.md"], re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    rows = columns(found.group(1))
+    assert len(rows) > 10
+    for changed, run in rows:
+        first, *others = re.findall(r"`([^`]+)`", changed)
+        assert list(ROOT.glob(first)), first
+        for other in others:
+            folder = ROOT if "/" in other else (ROOT / first).parent
+            assert list(folder.glob(other)), other
+        tests = re.findall(r"`(tests/[^`]+)`", run)
+        assert tests
+        assert [one for one in tests if not (ROOT / one).exists()] == []
 
 
 @pytest.mark.parametrize("sign", ["-", "+"], ids=["before", "after"])
 def test_python_code_of_the_readme_compiles(sign: str) -> None:
-    blocks = re.findall(r"^```diff\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```diff\n(.*?)^```", PAGES["README.md"], re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
         lines = [line[1:] for line in block.splitlines() if line[0] in (" ", sign)]

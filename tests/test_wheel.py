@@ -78,6 +78,8 @@ def test_what_is_in_the_packages(packages: tuple[Path, Path]) -> None:
     assert {
         "README.md",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
         "LICENSE",
         "Makefile",
         "pyproject.toml",
