@@ -15,7 +15,7 @@ __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 SUMMARY = "print a completion script for bash, zsh or tcsh"
 DESCRIPTION = (
     "Prints a completion script, for instance: qkd-tls completion bash > ~/.local/share/bash-completion/completions/"
-    "qkd-tls. Needs the extra 'cli'."
+    "qkd-tls. Needs the Python package shtab (the extra 'cli')."
 )
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace, terminal: Terminal) -> int:
     """Run the command."""
     if find_spec("shtab") is None:
-        raise CommandError("completion scripts need shtab", hint="pip install 'qkd-tls[cli]'")
+        raise CommandError("completion scripts need shtab", hint="install it with: pip install shtab")
     import shtab
 
     for action in _actions(arguments.program):

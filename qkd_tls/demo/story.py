@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
@@ -41,11 +40,10 @@ def run(out: TextIO | None = None) -> int:
     Returns the exit code: 0 only if everything was as it should be; 1 if not; 2 if the KME emulator is not installed.
     """
     page = _Page(sys.stdout if out is None else out)
-    if find_spec("aiohttp") is None:
-        print(
-            "qkd-tls demo: the KME emulator needs aiohttp; install it with: pip install 'qkd-tls[emulator]'",
-            file=sys.stderr,
-        )
+    try:
+        import kms_client.emulator  # noqa: F401
+    except ImportError as error:
+        print(f"qkd-tls demo: {error}", file=sys.stderr)
         return 2
     begin = time.monotonic()
     try:

@@ -62,5 +62,5 @@ def _import_metrics(path: Path) -> None:
         import prometheus_client  # noqa: F401
     except ImportError:
         raise ConfigError(
-            path, "", "", "the tunnel needs prometheus-client: pip install 'qkd-tls[tunnel]'"
+            path, "", "", "the tunnel needs prometheus-client; install it with: pip install prometheus-client"
         ) from None

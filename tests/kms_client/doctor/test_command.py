@@ -154,7 +154,7 @@ def test_doctor_needs_no_emulator(pair: RunningPair) -> None:
     assert ended.returncode == 2
     assert "invalid choice: 'pair'" in ended.stderr
     ended = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
-    assert "install qkd-tls with the extra emulator" in " ".join(ended.stdout.split())
+    assert "install them with: pip install aiohttp numpy." in " ".join(ended.stdout.split())
 
 
 def test_no_key_in_anything_that_a_process_writes(pair: RunningPair, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_completion_without_shtab(
     monkeypatch.setattr("qkd_tls.cli.completion.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == ExitCode.USAGE
     assert capsys.readouterr().err == (
-        "error: completion scripts need shtab\nhint: pip install 'qkd-tls[cli]'\n"
+        "error: completion scripts need shtab\nhint: install it with: pip install shtab\n"
     )
 
 

@@ -332,7 +332,9 @@ class TestCommand:
     def test_without_the_extra(self, good: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.setitem(sys.modules, "prometheus_client", None)
         file = good("client")
-        with pytest.raises(ConfigError, match="needs prometheus-client: pip install"):
+        with pytest.raises(
+            ConfigError, match="needs prometheus-client; install it with: pip install prometheus-client"
+        ):
             check(file)
         assert run(str(file)) == 2
         assert "needs prometheus-client" in capsys.readouterr().err
