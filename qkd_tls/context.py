@@ -112,7 +112,7 @@ class QKDContext(ssl.SSLContext):
         self._lifetime, self._pipelined, self._max_keys = association_lifetime, pipelined, max_keys
         self._associations = AssociationStore()
         self._lock = threading.Lock()
-        self._compiled: tuple[tuple[object, ...], EngineConfig] | None = None
+        self._config: tuple[tuple[object, ...], EngineConfig] | None = None
         # Dictionaries keep the order and drop duplicates: programs load the same file for each connection.
         self._trusted: dict[bytes, None] = {}
         self._crls: dict[bytes, None] = {}
@@ -459,9 +459,9 @@ class QKDContext(ssl.SSLContext):
             self.observer,
             self._alpn,
         )
-        compiled = self._compiled
+        compiled = self._config
         if compiled is None or compiled[0] != state:
-            compiled = self._compiled = state, self._new_config()
+            compiled = self._config = state, self._new_config()
         return compiled[1]
 
     def _new_config(self) -> EngineConfig:

@@ -1,0 +1,1 @@
+"""Nothing of the project's own; see `old_names`."""
