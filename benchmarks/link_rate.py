@@ -46,7 +46,7 @@ def start(side: str, directory: str, arguments: argparse.Namespace, *more: str) 
     """One side as a process."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "kms_client.emulator", "link", "--json", "--side", side),
+            *(sys.executable, "-m", "kms_client", "link", "--json", "--side", side),
             *("--dir", directory, "--buffer", str(BUFFER), "--page-port", "0"),
             *("--block", str(arguments.block), "--length", str(arguments.length), *more),
         ],

@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pki"
         options = ["--dir", str(folder), "--buffer", "20000", "--page-port", "0", "--json"]
-        command = [sys.executable, "-m", "kms_client.emulator", "link", *options]
+        command = [sys.executable, "-m", "kms_client", "link", *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
             try:
                 assert process.stdout is not None

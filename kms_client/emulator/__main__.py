@@ -1,7 +1,6 @@
-"""`python -m kms_client.emulator` is `qkd-kme`."""
-
-import sys
+"""`python -m kms_client.emulator` is the command `qkd-kme`, as `python -m kms_client` is."""
 
 from kms_client.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

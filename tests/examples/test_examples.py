@@ -75,7 +75,7 @@ class Setup:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     pki = tmp_path_factory.mktemp("pki") / "demo"
-    with running("-m", "kms_client.emulator", "pair", "--dir", str(pki), "--json") as (_, line):
+    with running("-m", "kms_client", "pair", "--dir", str(pki), "--json") as (_, line):
         yield Setup(pki, *(kme["url"] for kme in json.loads(line)["kmes"]))
 
 

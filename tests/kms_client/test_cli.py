@@ -23,7 +23,7 @@ from kms_client import Etsi014Client, KMSUnavailable
 from kms_client.cli import main
 from kms_client.emulator import DemoPKI, ensure_demo_pki
 
-COMMAND = [sys.executable, "-m", "kms_client.emulator"]
+COMMAND = [sys.executable, "-m", "kms_client"]
 
 
 @pytest.fixture(scope="module")

@@ -432,7 +432,7 @@ class KMEProcess:
     def __init__(self, side: SideName, directory: Path, record: Path, link: str = "") -> None:
         self.record = record
         # fmt: off
-        self._command = [sys.executable, "-m", "kms_client.emulator", "serve", "--side", side, "--json",
+        self._command = [sys.executable, "-m", "kms_client", "serve", "--side", side, "--json",
                          "--dir", str(directory), "--record", str(record), "--buffer", "1000", "--rate", "4000"]
         # fmt: on
         if link:

@@ -89,7 +89,7 @@ class TestQkdsec:
     def test_doctor(self, tmp_path: Path) -> None:
         """With one certificate, so that the KME has to take it for master and slave."""
         arguments = ["pair", "--dir", str(tmp_path), "--local-slaves", "--json"]
-        command = [sys.executable, "-m", "kms_client.emulator", *arguments]
+        command = [sys.executable, "-m", "kms_client", *arguments]
         started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert started.stdout is not None
         with started.stdout:

@@ -55,7 +55,7 @@ def kme_process(tmp_path: Path) -> Iterator[KMEProcess]:
     record = tmp_path / "deliveries"
     arguments = ["--dir", str(tmp_path / "kme"), "--json", "--record", str(record), "--buffer", "3000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kms_client.emulator", "pair", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "kms_client", "pair", *arguments], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -37,7 +37,7 @@ class SideProcess:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "kms_client.emulator", "link", "--json"),
+                *(sys.executable, "-m", "kms_client", "link", "--json"),
                 *("--side", self.side, "--dir", str(self._directory), "--block", BLOCK),
                 *self._arguments,
                 *self._ports,

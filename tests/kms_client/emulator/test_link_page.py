@@ -363,7 +363,7 @@ def running_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningLi
     folder = tmp_path_factory.mktemp("link") / "pki"
     # The store is larger than what these tests make, so that production never pauses.
     options = ["--dir", str(folder), "--block", "300000", "--buffer", "1000000", "--page-port", "0", "--json"]
-    command = [sys.executable, "-m", "kms_client.emulator", "link", *options]
+    command = [sys.executable, "-m", "kms_client", "link", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

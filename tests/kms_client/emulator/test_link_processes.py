@@ -393,7 +393,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_both_sides_in_one_process(tmp_path: Path) -> None:
     pki = ensure_demo_pki(tmp_path)
-    command = [sys.executable, "-m", "kms_client.emulator", "link", "--dir", str(tmp_path), "--block", BLOCK]
+    command = [sys.executable, "-m", "kms_client", "link", "--dir", str(tmp_path), "--block", BLOCK]
     with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
