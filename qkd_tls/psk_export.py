@@ -20,13 +20,13 @@ from qkd_tls.hybrid import KDF
 from qkd_tls.psk import PSK
 from qkd_tls.socket import QKDSocket
 
-__all__ = ["StockPSK", "export_psk"]
+__all__ = ["ExportedPSK", "export_psk"]
 
 _BOOTSTRAP_AGAIN: Final = "connect to the server again, and export the PSK at once"
 
 
 @dataclass(slots=True)
-class StockPSK:
+class ExportedPSK:
     """What a stock TLS program needs for one handshake. Wipe it, or use it as a context manager, which does.
 
     `secret` is 32 bytes (`KDF.SHA256`) or 48 (`KDF.SHA384`). `expires_at` is in Unix seconds: the association's end.
@@ -61,7 +61,7 @@ class StockPSK:
         self.wipe()
 
 
-def export_psk(sock: QKDSocket, kdf: KDF = KDF.SHA256) -> StockPSK:
+def export_psk(sock: QKDSocket, kdf: KDF = KDF.SHA256) -> ExportedPSK:
     """Use up a fresh QKD key for one more handshake of a client's association, and give its PSK away.
 
     Args:
@@ -100,11 +100,11 @@ def export_psk(sock: QKDSocket, kdf: KDF = KDF.SHA256) -> StockPSK:
         ) from None
     finally:
         wipe_keys(keys)
-    return _stock(psk, association)
+    return _exported(psk, association)
 
 
-def _stock(psk: PSK, association: Association) -> StockPSK:
-    return StockPSK(
+def _exported(psk: PSK, association: Association) -> ExportedPSK:
+    return ExportedPSK(
         psk.identity.decode(),
         psk.secret,
         psk.kdf,

@@ -16,7 +16,7 @@ from qkd_tls.cli.settings import add_qkd_options, address, open_context
 from qkd_tls.cli.terminal import Terminal, add_output_options
 from qkd_tls.context import QKDContext
 from qkd_tls.hybrid import KDF
-from qkd_tls.psk_export import StockPSK, export_psk
+from qkd_tls.psk_export import ExportedPSK, export_psk
 
 __all__ = ["DESCRIPTION", "SUMMARY", "add_arguments", "run"]
 
@@ -81,7 +81,7 @@ def _warn_and_ask(arguments: Namespace, terminal: Terminal, context: QKDContext)
         raise CommandError("not printed", hint="no key was used up")
 
 
-def _print(arguments: Namespace, terminal: Terminal, exported: StockPSK) -> None:
+def _print(arguments: Namespace, terminal: Terminal, exported: ExportedPSK) -> None:
     expires = datetime.datetime.fromtimestamp(exported.expires_at, datetime.UTC)
     minutes = max(0.0, exported.expires_at - time.time()) / 60
     command = _openssl(arguments, exported)
@@ -113,7 +113,7 @@ def _print(arguments: Namespace, terminal: Terminal, exported: StockPSK) -> None
     )
 
 
-def _openssl(arguments: Namespace, exported: StockPSK) -> str | None:
+def _openssl(arguments: Namespace, exported: ExportedPSK) -> str | None:
     if exported.kdf is not KDF.SHA256:
         return None
     target = peer.shown_address(arguments.target)

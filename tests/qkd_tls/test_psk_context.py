@@ -6,15 +6,18 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from kms_client.emulator import DemoPKI, write_demo_pki
+from qkd_tls import QKDContext, QKDSocket, QKDUnavailable
+from qkd_tls.engine import ServerEngine
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
 from qkd_tls.psk_context import PSKContext, PSKSocket
+from qkd_tls.psk_export import export_psk
 from tests.support.sockets import TIMEOUT
 
 SECRET = bytes(range(100, 132))
@@ -180,3 +183,45 @@ def test_the_secret_is_in_no_repr() -> None:
     assert repr(CLIENT) == "<PSKContext 'système 1'>"
     assert repr(SERVER) == "<PSKContext 'système 1' server>"
     assert all("105" not in repr(value) for value in vars(CLIENT).values())
+
+
+# --- what a PSK connection can do of what others can
+
+
+def test_a_listening_socket_accepts_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as plain, SERVER.wrap_socket(plain) as listening:
+        listening.settimeout(TIMEOUT)
+        with socket.socket() as raw:
+            raw.settimeout(TIMEOUT)
+            with CLIENT.wrap_socket(raw, do_handshake_on_connect=False) as client:
+                client.connect(listening.getsockname())
+                accepted: list[QKDSocket] = []
+                thread = threading.Thread(target=lambda: accepted.append(listening.accept()[0]))
+                thread.start()
+                client.sendall(b"shakes hands first")
+                thread.join()
+                with accepted[0] as server:
+                    assert server.recv(100) == b"shakes hands first"
+
+
+@pytest.mark.parametrize(("context", "server_side"), [(CLIENT, True), (SERVER, False)])
+def test_a_context_has_one_side(context: PSKContext, server_side: bool) -> None:
+    with socket.socket() as sock, pytest.raises(ValueError, match=f"server_side must be {not server_side}"):
+        context.wrap_socket(sock, server_side=server_side)
+
+
+def test_what_a_psk_connection_cannot_do() -> None:
+    pair = Pair(CLIENT.wrap_socket, SERVER.wrap_socket)
+    try:
+        assert (CLIENT.key_manager, CLIENT.verify_mode) == (None, ssl.CERT_NONE)
+        assert pair.client.context is CLIENT
+        with pytest.raises(TypeError, match="keeps its PSKContext"):
+            pair.client.context = QKDContext(policy="off")
+        with pytest.raises(NotImplementedError, match="no certificates"):
+            pair.server.verify_client_post_handshake()
+        with pytest.raises(QKDUnavailable, match="has no association"):
+            export_psk(pair.client)
+        with pytest.raises(NotImplementedError, match="no sni_callback"):
+            SERVER._choose_context(cast("ServerEngine", None), pair.server, None)
+    finally:
+        pair.close()

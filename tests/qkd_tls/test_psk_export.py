@@ -21,7 +21,7 @@ from qkd_tls import HandshakePath, Protection, QKDContext, QKDUnavailable
 from qkd_tls.hybrid import KDF
 from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
-from qkd_tls.psk_export import StockPSK, export_psk
+from qkd_tls.psk_export import ExportedPSK, export_psk
 from tests.support.commands import PROGRAM, TIMEOUT, Site, record, running_server, text
 from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
 from tests.support.sockets import Authority, Lab, Server, echo, local_lab
@@ -63,7 +63,7 @@ class StockClient:
         self._sock.close()
 
 
-def stock(server: Server, exported: StockPSK, **changes: Any) -> StockClient:
+def stock(server: Server, exported: ExportedPSK, **changes: Any) -> StockClient:
     name = changes.get("name", exported.server_name)
     return StockClient(server.address, exported.psk(), exported.cipher_suites, name)
 
