@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 from kms_client import Etsi014Client, KMSError, QKDKey
 from kms_client.emulator import DemoPKI, ensure_demo_pki
+from tests.support.patience import eventually
 
 BLOCK = "300000"
 
@@ -222,10 +222,10 @@ class Pairs:
         for error in self.unexpected:
             raise error
 
-    def wait_for_new(self, number: int, seconds: float = 30) -> None:
+    def wait_for_new(self, number: int) -> None:
         """Until as many more keys have reached slaves, in both directions together."""
         most = len(self.slaves) + number
-        wait_until(lambda: len(self.slaves) >= most or bool(self.unexpected), seconds)
+        eventually(lambda: len(self.slaves) >= most or bool(self.unexpected), f"{number} more keys")
 
     def _run(self, side: str) -> None:
         pki = self._link.pki
@@ -259,10 +259,3 @@ class Pairs:
 def _hash(key: QKDKey) -> bytes:
     with key.use() as secret:
         return hashlib.sha256(secret).digest()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)

@@ -31,6 +31,7 @@ from qkd_tls import (
     QKDUnavailable,
     aio,
 )
+from tests.support.patience import eventually_in_loop
 from tests.support.sockets import TIMEOUT, Lab, Proxy, Server, connected, echo, tcp_pair
 
 # --- what the tests share
@@ -84,13 +85,7 @@ class Manager:
 
     async def wiped(self) -> None:
         """Wait until every key that was given is used or wiped."""
-        await waiting_for(lambda: bool(self.given) and all(key.used for key in self.given))
-
-
-async def waiting_for(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not true():
-            await asyncio.sleep(0.005)
+        await eventually_in_loop(lambda: bool(self.given) and all(key.used for key in self.given))
 
 
 class Echo:
@@ -360,7 +355,7 @@ class TestFailures:
                     QKDUnavailable, match="no such key" if side == "client" else "unknown_key"
                 ):
                     await server.connect(local.client(key_manager=managers["client"]))
-                await waiting_for(lambda: "the handshake with" in caplog.text)
+                await eventually_in_loop(lambda: "the handshake with" in caplog.text)
             assert "unknown_key" in caplog.text or "closed the bootstrap" in caplog.text
 
         caplog.set_level(logging.WARNING, "qkd_tls")
@@ -396,7 +391,7 @@ class TestFailures:
             async with Echo(local.server()) as server:
                 with pytest.raises(ssl.SSLCertVerificationError, match=r"elsewhere\.example"):
                     await server.connect(local.client(), server_hostname="elsewhere.example")
-                await waiting_for(lambda: "the handshake with" in caplog.text)
+                await eventually_in_loop(lambda: "the handshake with" in caplog.text)
             assert "certificate" in caplog.text
 
         caplog.set_level(logging.DEBUG, "qkd_tls")
@@ -545,7 +540,7 @@ class TestSlowKMS:
                 connecting = [
                     asyncio.create_task(server.connect(local.client(key_manager=manager))) for _ in range(20)
                 ]
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 await asyncio.sleep(0.3)
                 assert not any(task.done() for task in connecting)
                 assert len(gaps) > 5
@@ -586,7 +581,7 @@ class TestSlowKMS:
             manager.may_answer.clear()
             async with Echo(local.server()) as server:
                 connecting = asyncio.create_task(server.connect(local.client(key_manager=manager)))
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 connecting.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await connecting
@@ -605,7 +600,7 @@ class TestSlowKMS:
                 connecting = asyncio.create_task(
                     server.connect(local.client(key_manager=managers["client"], announced_keys=2))
                 )
-                await waiting_for(managers["server"].asked.is_set)
+                await eventually_in_loop(managers["server"].asked.is_set)
                 connecting.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await connecting
@@ -625,7 +620,7 @@ class TestSlowKMS:
             manager.may_answer.clear()
             async with Echo(local.server(key_manager=manager)) as server:
                 connecting = asyncio.create_task(server.connect(local.client()))
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 connecting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await connecting
@@ -643,7 +638,7 @@ class TestSlowKMS:
         async def main() -> None:
             async with Echo(local.server()) as server:
                 connecting = asyncio.create_task(server.connect(local.client(key_manager=manager)))
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 connecting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await connecting
@@ -664,7 +659,7 @@ class TestSlowKMS:
                         raw, protocol, local.client(key_manager=manager), server_hostname="localhost"
                     )
                 )
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 raw.abort()
                 with pytest.raises(ConnectionAbortedError, match="closed during the handshake"):
                     await upgrading
@@ -788,10 +783,10 @@ class TestProtocols:
                 )
                 transport.write(b"last words")
                 if end == "abort":
-                    await waiting_for(lambda: protocols and b"last words" in protocols[-1].events)
+                    await eventually_in_loop(lambda: protocols and b"last words" in protocols[-1].events)
                 getattr(transport, end)()
                 await protocol.lost
-                await waiting_for(lambda: protocols[-1].lost.done())
+                await eventually_in_loop(lambda: protocols[-1].lost.done())
                 assert b"last words" in protocols[-1].events
             listening.close()
 
@@ -841,7 +836,7 @@ class TestProtocols:
                     Wraps, "127.0.0.1", server.port, ssl=local.client(), server_hostname="localhost"
                 )
                 transport.write(b"x")
-                await waiting_for(lambda: len(inner) == 2)
+                await eventually_in_loop(lambda: len(inner) == 2)
                 transport.close()
             assert inner == [(None, None)] * 2
 
@@ -956,7 +951,7 @@ class TestWrapSocket:
                 wrapping = asyncio.create_task(
                     aio.wrap_socket(raw, local.client(key_manager=manager), server_hostname="localhost")
                 )
-                await waiting_for(manager.asked.is_set)
+                await eventually_in_loop(manager.asked.is_set)
                 wrapping.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await wrapping

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.patience import eventually
 from tests.support.tunnels import (
     TIMEOUT,
     Address,
@@ -32,7 +33,6 @@ from tests.support.tunnels import (
     receive,
     receive_all,
     tunnel,
-    wait_until,
 )
 
 
@@ -217,7 +217,7 @@ class TestReload:
                 with dial(client.address()) as app:
                     exchange(app)
                 written = tmp_path / f"{name}.jsonl"
-                wait_until(lambda written=written: written.stat().st_size)  # type: ignore[misc]
+                eventually(lambda written=written: written.stat().st_size)  # type: ignore[misc]
             assert not (tmp_path / "one").exists()
             client.reload(sites.config("client", entry, service='audit = "off"\n'))
             assert not (tmp_path / "two").exists()
@@ -487,7 +487,7 @@ class TestHealth:
                 exchange(app, b"0123456789")
                 during = metrics(health)
                 with dial(client.address()) as waiting:
-                    wait_until(lambda: metrics(health)['limit_reached_total{tunnel="t"}'] == 1)
+                    eventually(lambda: metrics(health)['limit_reached_total{tunnel="t"}'] == 1)
                     app.shutdown(socket.SHUT_WR)
                     assert receive_all(app) == b""
                     exchange(waiting)
