@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import socket
 import subprocess
@@ -42,6 +41,7 @@ from kms_client.emulator.pair import Side
 from tests.support.key_managers import Call, Watched, agree
 from tests.support.kme_server import client_of
 from tests.support.patience import eventually
+from tests.support.ports import free_port
 
 SIDES: tuple[Side, Side] = ("a", "b")
 
@@ -434,26 +434,22 @@ class KMEProcess:
         self.record = record
         # fmt: off
         self._command = [sys.executable, "-m", "kms_client.emulator", "serve", "--side", side, "--json",
-                         "--dir", str(directory), "--record", str(record), "--buffer", "1000", "--rate", "4000"]
+                         "--dir", str(directory), "--record", str(record), "--buffer", "1000", "--rate", "4000",
+                         "--port", str(free_port()), "--link-port", str(free_port())]
         # fmt: on
         if link:
             self._command += ["--link", link]
-        self.ready = self._start()
+        self.start()
         self.url: str = self.ready["kmes"][0]["url"]
 
-    def _start(self, *more: str) -> dict[str, Any]:
-        self._process = subprocess.Popen([*self._command, *more], stdout=subprocess.PIPE)
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        ready: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return ready
+        self.ready: dict[str, Any] = json.loads(self._process.stdout.readline())
 
     def kill(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-    def start_again(self) -> None:
-        ports = (str(address).rpartition(":")[2] for address in (self.url, self.ready["link"]))
-        self._start(*itertools.chain(*zip(("--port", "--link-port"), ports, strict=True)))
 
     def delivered(self, role: str) -> list[str]:
         """IDs of the keys that it has delivered to masters or slaves, in order."""
@@ -472,7 +468,7 @@ class Cable:
     def __init__(self, url: str) -> None:
         self._to = int(url.rpartition(":")[2])
         self.cut, self.lost = threading.Event(), threading.Event()
-        self._port = 0
+        self._port = free_port()
         self.plug_in()
         self.url = f"https://127.0.0.1:{self._port}"
 
@@ -481,7 +477,6 @@ class Cable:
         self.cut.clear()
         self.lost.clear()
         self._listening = socket.create_server(("127.0.0.1", self._port))
-        self._port = self._listening.getsockname()[1]
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
@@ -572,7 +567,7 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
             cable.lost.wait(3)
             cable.unplug()
             kmes_a[0].kill()
-            kmes_a[0].start_again()
+            kmes_a[0].start()
             cable.plug_in()
             kills += 1
         handed_out = [key.key_id for call in calls for key in call.join().keys or []]
