@@ -158,8 +158,11 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             lock.release()
 
     def _wait(self, event: int, deadline: float | None, what: str) -> None:
+        descriptor = self.fileno()
+        if descriptor < 0:
+            raise OSError(9, "Bad file descriptor: the connection has been closed")
         poll = select.poll()
-        poll.register(self.fileno(), event)
+        poll.register(descriptor, event)
         remaining = None if deadline is None else deadline - time.monotonic()
         if (remaining is not None and remaining <= 0) or not poll.poll(
             None if remaining is None else remaining * 1000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 import threading
-import time
 
 import pytest
 
@@ -46,11 +45,10 @@ def test_garbage(site: Site, data: bytes, reason: str) -> None:
 def test_a_client_that_trickles(site: Site) -> None:
     """The socket's timeout is that of the whole handshake; others are served meanwhile."""
     server = site.serve()
-    began = time.monotonic()
     with server.tcp() as slow:
         slow.sendall(b"\x16\x03\x01")
+        # It would not be served before the slow one has gone, which is afterwards.
         assert attempt(server.address, site.client(), server).client_info.protection == "hybrid"
-        assert time.monotonic() - began < 10
     assert isinstance(server.seen().error, ssl.SSLEOFError)
 
 

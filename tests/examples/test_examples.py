@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import EXAMPLES
+from tests.support.patience import PATIENCE
+from tests.support.ports import free_port
 
 KEY = r"key [0-9a-f-]{36}$"
 
@@ -33,7 +35,7 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         yield process, line
     finally:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE)
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Setup:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
 
@@ -93,8 +95,7 @@ def test_both_sides_say_what_protects_the_connection(setup: Setup, more: list[st
 
 def test_without_the_kme_require_refuses_and_names_it(setup: Setup) -> None:
     with setup.server() as (_, port):
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            nowhere = f"https://127.0.0.1:{unused.getsockname()[1]}"
+        nowhere = f"https://127.0.0.1:{free_port()}"
         client = setup.client(port, "--kme", nowhere)
     assert client.returncode == 1
     assert client.stderr.startswith("no connection: ")
@@ -104,8 +105,7 @@ def test_without_the_kme_require_refuses_and_names_it(setup: Setup) -> None:
 
 def test_without_the_kme_prefer_falls_back_and_says_so(setup: Setup) -> None:
     with setup.server("--policy", "prefer") as (_, port):
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            nowhere = f"https://127.0.0.1:{unused.getsockname()[1]}"
+        nowhere = f"https://127.0.0.1:{free_port()}"
         client = setup.client(port, "--kme", nowhere, "--policy", "prefer")
     assert client.returncode == 0, client.stderr
     assert client.stdout.splitlines()[0] == "200: pq-only, X25519MLKEM768, None, key None"
@@ -125,7 +125,7 @@ def test_asyncio(setup: Setup) -> None:
             [sys.executable, f"{EXAMPLES}/asyncio_client.py", str(setup.pki), line.split()[1], setup.kme_a],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
         assert client.returncode == 0, client.stderr

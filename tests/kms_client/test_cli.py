@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ import pytest
 from kms_client import Etsi014Client, KMSUnavailable
 from kms_client.cli import main
 from kms_client.emulator import DemoPKI, ensure_demo_pki
+from tests.support.patience import PATIENCE, eventually
+from tests.support.ports import free_port
 
 COMMAND = [sys.executable, "-m", "kms_client"]
 
@@ -42,7 +43,7 @@ def process(*arguments: str, number: signal.Signals = signal.SIGTERM) -> Iterato
             yield ready
         finally:
             started.send_signal(number)
-            code = started.wait(10)
+            code = started.wait(PATIENCE)
         assert started.stdout.read() == ""
     assert code == 0
 
@@ -69,18 +70,23 @@ def exchange(a: Etsi014Client, b: Etsi014Client) -> None:
 
 def when_linked(call: Callable[[], None]) -> None:
     """Call until the link is up and has keys."""
-    deadline = time.monotonic() + 10
-    while True:
+
+    def linked() -> bool:
         try:
-            return call()
+            call()
         except KMSUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+            return False
+        return True
+
+    eventually(linked, "the link")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -89,14 +95,8 @@ def here_while(port: int, action: Callable[[], None]) -> Iterator[None]:
     failures: list[BaseException] = []
 
     def work() -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                time.sleep(0.02)
         try:
+            eventually(lambda: answers(port), f"port {port}")
             action()
         except BaseException as error:  # noqa: BLE001 - shown by the test
             failures.append(error)
@@ -146,9 +146,7 @@ def test_two_processes_one_restarted(pki: DemoPKI) -> None:
 
 
 def when_link_is_lost(a: Etsi014Client) -> None:
-    for _ in range(100):
-        a.get_keys("SAE-B")
-        time.sleep(0.02)
+    eventually(lambda: a.get_keys("SAE-B") and None)
 
 
 def test_side_a_here_side_b_there(pki: DemoPKI, capsys: pytest.CaptureFixture[str]) -> None:

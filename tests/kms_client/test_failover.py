@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import socket
 import subprocess
@@ -39,8 +38,10 @@ from kms_client import (
 )
 from kms_client.emulator import Faults, RunningPair, ensure_demo_pki, run_pair
 from kms_client.emulator.pair import SideName
-from tests.support.key_managers import Call, Watched, agree, until
+from tests.support.key_managers import Call, Watched, agree
 from tests.support.kme_server import client_of
+from tests.support.patience import eventually
+from tests.support.ports import free_port
 
 SIDES: tuple[SideName, SideName] = ("a", "b")
 
@@ -136,7 +137,7 @@ class TestGetKeys:
             assert "Connection refused" in a.both.health[0].last_error
         finally:
             links.first.start_kme("a")
-        until(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
+        eventually(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
         keys = a.both.get_keys("SAE-B")
         assert a.both.served_by(keys[0].key_id) == links.first.url_a
         assert breaker(a) is BreakerState.CLOSED
@@ -147,7 +148,7 @@ class TestGetKeys:
         a = links.site("a", read_timeout=0.3, threshold=1, min_backoff=0.01, max_backoff=0.01)
         links.first.faults("a").delay = 1
         a.both.get_keys("SAE-B")
-        until(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
+        eventually(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
         a.first.at_once = 0
         for call in [Call(lambda: a.both.get_keys("SAE-B")) for _ in range(threads)]:
             assert call.join().error is None
@@ -360,7 +361,7 @@ class TestMembers:
 
         broken.failing = failing
         for _ in range(2):  # the probe is given back
-            until(lambda: manager.health[0].breaker is BreakerState.HALF_OPEN)
+            eventually(lambda: manager.health[0].breaker is BreakerState.HALF_OPEN)
             with pytest.raises(ZeroDivisionError):
                 manager.get_keys("B")
 
@@ -369,11 +370,11 @@ class TestMembers:
         manager = FailoverKeyManager([broken], threshold=1, min_backoff=0.01, max_backoff=0.01)
         with pytest.raises(KMSUnavailable, match="down"):
             manager.get_keys("B")
-        until(lambda: manager.health[0].breaker is BreakerState.HALF_OPEN)
+        eventually(lambda: manager.health[0].breaker is BreakerState.HALF_OPEN)
         go_on = threading.Event()
         broken.failing = lambda _: go_on.wait()
         probe = Call(lambda: manager.get_keys("B"))
-        until(lambda: broken._under_way)
+        eventually(lambda: broken._under_way)
         with pytest.raises(
             KMSUnavailable, match="not asked while another request tries it out after 1 failures"
         ):
@@ -413,7 +414,7 @@ def test_a_pool_of_several_kmes(links: Links) -> None:
     links.first.faults("a").answer_with = 503, ""
     agree(pool.get_keys("SAE-B", 5), b.both, "SAE-A")
     links.first.faults("a").answer_with = None
-    until(lambda: pool.statistics.pooled == 16)
+    eventually(lambda: pool.statistics.pooled == 16)
     # Of both KMEs, in one request of the other side.
     agree(pool.get_keys("SAE-B", 40), b.both, "SAE-A")
     assert {member.served > 0 for member in a.both.health} == {True}
@@ -433,26 +434,22 @@ class KMEProcess:
         self.record = record
         # fmt: off
         self._command = [sys.executable, "-m", "kms_client", "serve", "--side", side, "--json",
-                         "--dir", str(directory), "--record", str(record), "--buffer", "1000", "--rate", "4000"]
+                         "--dir", str(directory), "--record", str(record), "--buffer", "1000", "--rate", "4000",
+                         "--port", str(free_port()), "--link-port", str(free_port())]
         # fmt: on
         if link:
             self._command += ["--link", link]
-        self.ready = self._start()
+        self.start()
         self.url: str = self.ready["kmes"][0]["url"]
 
-    def _start(self, *more: str) -> dict[str, Any]:
-        self._process = subprocess.Popen([*self._command, *more], stdout=subprocess.PIPE)
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        ready: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return ready
+        self.ready: dict[str, Any] = json.loads(self._process.stdout.readline())
 
     def kill(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-    def start_again(self) -> None:
-        ports = (str(address).rpartition(":")[2] for address in (self.url, self.ready["link"]))
-        self._start(*itertools.chain(*zip(("--port", "--link-port"), ports, strict=True)))
 
     def delivered(self, role: str) -> list[str]:
         """IDs of the keys that it has delivered to masters or slaves, in order."""
@@ -471,7 +468,7 @@ class Cable:
     def __init__(self, url: str) -> None:
         self._to = int(url.rpartition(":")[2])
         self.cut, self.lost = threading.Event(), threading.Event()
-        self._port = 0
+        self._port = free_port()
         self.plug_in()
         self.url = f"https://127.0.0.1:{self._port}"
 
@@ -480,7 +477,6 @@ class Cable:
         self.cut.clear()
         self.lost.clear()
         self._listening = socket.create_server(("127.0.0.1", self._port))
-        self._port = self._listening.getsockname()[1]
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
@@ -547,7 +543,7 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
             client_of(pki, kme.url, sae_id="SAE-B", cert=pki.sae_b_cert, key=pki.sae_b_key) for kme in kmes_b
         ]
         for client in a:
-            until(lambda client=client: stored(client))  # type: ignore[misc]
+            eventually(lambda client=client: stored(client))  # type: ignore[misc]
         settings: dict[str, Any] = {"min_backoff": 0.05, "max_backoff": 0.2, "max_records": 2 * total}
         both_a, both_b = FailoverKeyManager(a, **settings), FailoverKeyManager(b, **settings)
         pool = KeyPool(both_a, low_water=30, high_water=60, timeout=30, peers=["SAE-B"])
@@ -571,7 +567,7 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
             cable.lost.wait(3)
             cable.unplug()
             kmes_a[0].kill()
-            kmes_a[0].start_again()
+            kmes_a[0].start()
             cable.plug_in()
             kills += 1
         handed_out = [key.key_id for call in calls for key in call.join().keys or []]

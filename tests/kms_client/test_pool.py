@@ -39,9 +39,10 @@ from kms_client import (
 )
 from kms_client.emulator import Limits, RunningPair, run_pair
 from kms_client.emulator.kme import server_context
-from tests.support.key_managers import Call, Watched, agree, until
+from tests.support.key_managers import Call, Watched, agree
 from tests.support.kme_server import ScriptedKME, client_of, container, http, spellings
 from tests.support.paths import DOCS
+from tests.support.patience import eventually
 
 PEERS = [f"PEER-{number}" for number in range(12)]
 
@@ -86,7 +87,7 @@ class TestWarm:
             manager: KeyManager = pool  # for the type checker
             assert isinstance(manager, KeyManager)
             assert (pool.protocol, pool.name, pool.sae_id) == ("etsi-014", kmes.url_a, "SAE-A")
-            until(lambda: pool.statistics.pooled == 50)
+            eventually(lambda: pool.statistics.pooled == 50)
             assert watched.calls == [("status", "SAE-B", 0)] + [
                 ("get_keys", "SAE-B", number) for number in (20, 20, 10)
             ]
@@ -99,7 +100,7 @@ class TestWarm:
             kmes.faults("a").delay = 0
             assert pool.statistics.pooled == 4  # which is not below the low mark
             agree(pool.get_keys("SAE-B"), slave, "SAE-A")
-            until(lambda: pool.statistics.pooled == 50)
+            eventually(lambda: pool.statistics.pooled == 50)
             counts = pool.statistics
             assert (counts.fetched, counts.delivered, counts.requests) == (97, 47, 6)
             assert repr(pool) == f"<KeyPool {kmes.url_a} 50 keys>"
@@ -155,7 +156,7 @@ class TestWarm:
         """What it takes is measured by benchmarks/key_pool.py."""
         with pooled(kmes.client("a"), low_water=20, high_water=80, peers=["SAE-B"]) as (pool, _):
             kmes.faults("a").delay = 0.02
-            until(lambda: pool.statistics.pooled == 80)
+            eventually(lambda: pool.statistics.pooled == 80)
             times = []
             for _ in range(200):
                 begin = time.perf_counter()
@@ -176,10 +177,10 @@ class TestAge:
     def test_an_old_key_is_wiped_and_replaced(self) -> None:
         a, b = LocalKeyManager.pair("A", "B")
         with pooled(a, peers=["B"], high_water=4, max_age=0.2) as (pool, _):
-            until(lambda: pool.statistics.pooled == 4)
+            eventually(lambda: pool.statistics.pooled == 4)
             old = [key for _, key in pool._stocks["B"]._keys]
-            until(lambda: all(key.used for key in old))
-            until(lambda: pool.statistics.expired >= 12)
+            eventually(lambda: all(key.used for key in old))
+            eventually(lambda: pool.statistics.expired >= 12)
             agree(pool.get_keys("B"), b, "A")
             counts = pool.statistics
             assert counts.fetched == counts.delivered + counts.expired + counts.pooled
@@ -188,10 +189,10 @@ class TestAge:
         a, _ = LocalKeyManager.pair("A", "B")
         with pooled(a, high_water=4, max_age=0.2, idle_after=0.1) as (pool, watched):
             pool.get_keys("B")
-            until(lambda: pool.statistics.pooled == 0)
+            eventually(lambda: pool.statistics.pooled == 0)
             asked = len(watched.calls)
             pool.get_keys("B")
-            until(lambda: len(watched.calls) > asked)
+            eventually(lambda: len(watched.calls) > asked)
             time.sleep(0.5)  # nothing happens: there is nothing to wait for
             assert len(watched.calls) <= asked + 3
             assert pool.statistics.pooled == 0
@@ -202,10 +203,10 @@ class TestAge:
         with pooled(a, high_water=4, max_age=0.1, idle_after=0.1) as (pool, _):
             pool.get_keys("B")
             assert pool.statistics.peers == 1
-            until(lambda: pool.statistics.pooled == 0)
+            eventually(lambda: pool.statistics.pooled == 0)
             time.sleep(0.1)
             pool.get_keys("B")  # has the thread look around
-            until(lambda: pool.statistics.peers == 0)
+            eventually(lambda: pool.statistics.peers == 0)
 
 
 class TestFewKeys:
@@ -219,7 +220,9 @@ class TestFewKeys:
             calls = []
             for number in range(1, 11):
                 calls.append(Call(partial(pool.get_keys, "SAE-B", 1 + number % 3)))
-                until(lambda: pool.statistics.waiting + sum(call.ended > 0 for call in calls) == len(calls))
+                eventually(
+                    lambda: pool.statistics.waiting + sum(call.ended > 0 for call in calls) == len(calls)
+                )
             got = [key.key_id for call in calls for key in call.join().keys or []]
             seconds = time.monotonic() - begin
             assert got == watched.fetched[: len(got)]
@@ -278,7 +281,7 @@ class TestFewKeys:
             local.add("full", f"k{number}", b"x" * 32)
         with pooled(local, timeout=20) as (pool, _):
             waiting = Call(lambda: pool.get_keys("empty"))
-            until(lambda: pool.statistics.failures)
+            eventually(lambda: pool.statistics.failures)
             for _ in range(50):
                 pool.get_keys("full")
             local.add("empty", "at last", b"x" * 32)
@@ -297,7 +300,7 @@ class TestFairness:
                 return []
 
             everybody = [Call(greedy) for _ in range(4)]
-            until(lambda: len(watched.numbers) > 4)
+            eventually(lambda: len(watched.numbers) > 4)
             start = len(watched.calls)
             modest = [Call(partial(pool.get_keys, peer)) for peer in PEERS]
             for call in modest:
@@ -314,11 +317,11 @@ class TestFairness:
     def test_fetching_ahead_comes_after_callers(self, kmes: RunningPair) -> None:
         kmes.faults("a").delay = 0.05
         with pooled(kmes.client("a"), low_water=20, high_water=20, peers=PEERS) as (pool, watched):
-            until(lambda: watched.calls)
+            eventually(lambda: watched.calls)
             pool.get_keys("SAE-B")
             asked = [peer for name, peer, _ in watched.calls if name == "get_keys"]
             assert asked.index("SAE-B") <= 1
-            until(lambda: pool.statistics.pooled >= 20 * len(PEERS))
+            eventually(lambda: pool.statistics.pooled >= 20 * len(PEERS))
         kmes.faults("a").delay = 0
 
 
@@ -330,13 +333,13 @@ class TestTrouble:
         ):
             slave = pair.client("b")
             pool.get_keys("SAE-B")
-            until(lambda: pool.statistics.pooled == 16)
+            eventually(lambda: pool.statistics.pooled == 16)
             pair.stop_kme("a")
             agree(pool.get_keys("SAE-B", 16), slave, "SAE-A")  # what was fetched ahead is not touched by it
-            until(lambda: pool.statistics.breaker is not BreakerState.CLOSED)
+            eventually(lambda: pool.statistics.breaker is not BreakerState.CLOSED)
             waiting = [Call(lambda: pool.get_keys("SAE-B", 3)) for _ in range(3)]
-            until(lambda: pool.statistics.waiting == 3)
-            until(lambda: pool.statistics.failures >= 4)
+            eventually(lambda: pool.statistics.waiting == 3)
+            eventually(lambda: pool.statistics.failures >= 4)
             calls = watched.calls[-3:]
             assert calls == [("status", "SAE-B", 0)] * 3  # no keys are asked for meanwhile
             pair.start_kme("a")
@@ -352,7 +355,7 @@ class TestTrouble:
             pooled(pair.client("a", read_timeout=0.2), timeout=0.8) as (pool, watched),
         ):
             pool.get_keys("SAE-B", 13)
-            until(lambda: pool.statistics.pooled == 16)
+            eventually(lambda: pool.statistics.pooled == 16)
             pair.faults("a").delay = 1
             pool.get_keys("SAE-B", 13)  # 13 more are asked for, and the answer does not come
             begin = time.monotonic()
@@ -362,14 +365,14 @@ class TestTrouble:
             requests = len(watched.numbers)
             assert pool.statistics.possibly_lost == watched.numbers[-1] > 1
             pair.faults("a").delay = 0
-            until(lambda: pool.statistics.breaker is BreakerState.CLOSED)
+            eventually(lambda: pool.statistics.breaker is BreakerState.CLOSED)
             assert watched.numbers[requests] == 1  # the probe
 
     def test_a_refused_certificate_is_told_at_once(self, kmes: RunningPair) -> None:
         stranger = kmes.client("a", cert=kmes.pki.sae_b_cert, key=kmes.pki.sae_b_key)
         with pooled(stranger, timeout=30, min_backoff=0.3) as (pool, watched):
             ends = threading.Barrier(4)
-            watched.failing = lambda _: until(lambda: ends.n_waiting == 3)
+            watched.failing = lambda _: eventually(lambda: ends.n_waiting == 3)
 
             def take() -> list[QKDKey]:
                 ends.wait()
@@ -377,7 +380,7 @@ class TestTrouble:
 
             begin = time.monotonic()
             waiting = [Call(lambda: pool.get_keys("SAE-B")) for _ in range(3)]
-            until(lambda: pool.statistics.waiting == 3)
+            eventually(lambda: pool.statistics.waiting == 3)
             watched.failing = lambda _: None
             threads = [Call(take) for _ in range(3)]
             for call in waiting:
@@ -450,7 +453,7 @@ class TestTrouble:
 
         with pooled(Repeating(a), low_water=1, high_water=1, timeout=30) as (pool, _):
             first, second = pool.get_keys("B"), pool.get_keys("B")
-            until(lambda: pool.statistics.failures == 1)
+            eventually(lambda: pool.statistics.failures == 1)
             with pytest.raises(KMSProtocolError, match=rf"a second time.*key ID {came[0].key_id}"):
                 pool.get_keys("B")
             assert [key.used for key in (*first, *second)] == [False, False]
@@ -467,7 +470,7 @@ class TestTrouble:
 
             watched.failing = failing
             pool.get_keys("B")
-            until(lambda: pool.statistics.pooled == 3)
+            eventually(lambda: pool.statistics.pooled == 3)
             assert set(watched.numbers) == {1}
 
     def test_peers_of_a_kme_that_lives_do_not_wait_for_one_that_does_not(self) -> None:
@@ -482,7 +485,7 @@ class TestTrouble:
 
             watched.failing = failing
             waiting = Call(lambda: pool.get_keys("C"))
-            until(lambda: pool.statistics.failures)
+            eventually(lambda: pool.statistics.failures)
             for _ in range(100):
                 pool.get_keys("B")
             assert pool.statistics.failures < 12
@@ -504,7 +507,7 @@ class TestTheThread:
             with pytest.raises(KMSError, match=r"the key pool has failed \(TypeError\)"):
                 pool.get_keys("B")
             watched.failing = lambda _: None
-            until(lambda: served(pool))
+            eventually(lambda: served(pool))
             agree(pool.get_keys("B"), b, "A")
             assert len({thread for thread in threading.enumerate() if "key pool" in thread.name}) == 1
         assert "has failed with TypeError" in caplog.text
@@ -515,10 +518,10 @@ class TestTheThread:
         with run_pair(directory, rate=0, initial=16) as pair:
             watched = Watched(pair.client("a"))
             pool = KeyPool(watched, timeout=30, peers=["SAE-B"])
-            until(lambda: pool.statistics.pooled == 16)
+            eventually(lambda: pool.statistics.pooled == 16)
             keys = [key for _, key in pool._stocks["SAE-B"]._keys]
             waiting = Call(lambda: pool.get_keys("SAE-B", 100))
-            until(lambda: pool.statistics.waiting == 1)
+            eventually(lambda: pool.statistics.waiting == 1)
             pool.close()
             pool.close()
             assert all(key.used for key in keys)
@@ -552,7 +555,7 @@ class TestTheThread:
         under_way.wait()
         closing = threading.Thread(target=pool.close)
         closing.start()
-        until(lambda: pool._closed)
+        eventually(lambda: pool._closed)
         go_on.set()
         closing.join()
         assert all(key.used for key in got)
@@ -564,7 +567,7 @@ class TestTheThread:
         with pooled(local, timeout=30) as (pool, _):
 
             def interrupt() -> None:
-                until(lambda: pool.statistics.waiting)
+                eventually(lambda: pool.statistics.waiting)
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
             thread = threading.Thread(target=interrupt)
@@ -601,7 +604,7 @@ pool.close()
     def test_what_a_child_does_after_the_fork(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
         with pooled(a, peers=["B"]) as (pool, _):
-            until(lambda: pool.statistics.pooled == 16)
+            eventually(lambda: pool.statistics.pooled == 16)
             thread = pool._thread
             pool._closed = True  # the thread of this process ends, as a child has none
             with pool._lock:
@@ -614,7 +617,7 @@ pool.close()
             assert all(key.used for key in held)
             assert pool.statistics.fetched == 0
             assert len(pool.get_keys("B")) == 1
-            until(lambda: pool.statistics.pooled >= 15)
+            eventually(lambda: pool.statistics.pooled >= 15)
 
 
 def served(pool: KeyPool) -> bool:

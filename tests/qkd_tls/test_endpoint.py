@@ -89,6 +89,19 @@ class TestClosedDuringTheHandshake:
                 sock.do_handshake()
             assert sock._tls is None
 
+    def test_before_it_waits(self, local: Lab) -> None:
+        class Socket(QKDSocket):
+            def _wait(self, *arguments: Any) -> None:
+                self.close()
+                super()._wait(*arguments)
+
+        context = local.client()
+        context.sslsocket_class = Socket
+        with Server(local.server()) as server:
+            sock = server.connect(context, do_handshake_on_connect=False)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                sock.do_handshake()
+
     def test_before_it_starts(self, local: Lab) -> None:
         with tcp_pair() as (near, _):
             sock = local.client().wrap_socket(

@@ -500,9 +500,10 @@ class TestHandshake:
                     proxy.release("server", 1)
 
             trickling = Background(trickle)
+            # If each byte put the deadline off, the handshake would go through.
             with pytest.raises(TimeoutError, match="The handshake operation timed out"):
                 local.client().wrap_socket(raw, server_hostname="localhost")
-            assert 0.25 < time.monotonic() - start < 1.5
+            assert time.monotonic() - start >= 0.3
             stop.set()
             trickling.result()
 
@@ -642,16 +643,15 @@ class TestReading:
             stop = threading.Event()
 
             def trickle() -> None:
-                for _ in range(500):
-                    if stop.wait(0.01):
-                        break
+                while not stop.wait(0.01):
                     proxy.release("server", 1)
 
             trickling = Background(trickle)
             start = time.monotonic()
+            # If each byte put the deadline off, the whole record would come.
             with pytest.raises(TimeoutError, match="The read operation timed out"):
                 client.recv(1000)
-            assert 0.25 < time.monotonic() - start < 1.5
+            assert time.monotonic() - start >= 0.3
             stop.set()
             trickling.result()
             client.settimeout(TIMEOUT)
@@ -664,7 +664,7 @@ class TestReading:
         start = time.monotonic()
         with pytest.raises(TimeoutError, match="The read operation timed out"):
             client.recv(1)
-        assert 0.08 < time.monotonic() - start < 1.0
+        assert time.monotonic() - start >= 0.1
         server.sendall(b"later")
         assert client.recv(5) == b"later"
 
@@ -747,10 +747,10 @@ class TestWriting:
         start = time.monotonic()
         with pytest.raises(TimeoutError, match="The write operation timed out"):
             client.sendall(bytes(1 << 26))
-        assert 0.15 < time.monotonic() - start < 2.0
-        start = time.monotonic()
-        client.close()
-        assert time.monotonic() - start < 0.2
+        assert time.monotonic() - start >= 0.2
+        # If closing waited for the peer to read, it would wait for ever.
+        client.settimeout(None)
+        Background(client.close).result()
 
     def test_sendfile(self, pair: tuple[QKDSocket, QKDSocket], tmp_path: Path) -> None:
         """Through TLS, not past it."""

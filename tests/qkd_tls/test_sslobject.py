@@ -25,7 +25,8 @@ from qkd_tls.endpoint import Driver, KeysWanted, driver_in_charge
 from qkd_tls.sslobject import QKDObject
 from tests.support import objects
 from tests.support.objects import Side, carry, shake_hands, sides
-from tests.support.sockets import TIMEOUT, Lab, wait_until
+from tests.support.patience import eventually
+from tests.support.sockets import TIMEOUT, Lab
 
 
 @pytest.fixture
@@ -477,4 +478,4 @@ class TestThreads:
                 tls.verify_client_post_handshake()
             may_answer.set()
             shaking.result(TIMEOUT)
-        wait_until(lambda: client.tls.qkd is not None, "the handshake")
+        eventually(lambda: client.tls.qkd is not None, "the handshake")

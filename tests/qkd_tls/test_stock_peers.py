@@ -26,6 +26,7 @@ from qkd_tls import (
 )
 from tests.support import sockets
 from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.ports import free_port
 from tests.support.sockets import TIMEOUT, Lab, Server, talk
 
 CLASSICAL_TOO = ["X25519MLKEM768", "X25519"]
@@ -201,8 +202,7 @@ def s_client(lab: Lab, server: Server) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def s_server(lab: Lab) -> Iterator[tuple[str, int]]:
     """Sends back each line reversed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     files = ["-cert", str(lab.server_identity.cert_file), "-key", str(lab.server_identity.key_file)]
     with subprocess.Popen(
         [openssl(), "s_server", "-accept", f"127.0.0.1:{port}", *files, "-rev"],

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kms_client.emulator import RunningPair
+from tests.support.patience import PATIENCE
 
-TIMEOUT = 30
-"""Seconds after which a process that hangs is given up."""
+TIMEOUT = PATIENCE
 
 ECHO = b"hello\n"
 

@@ -91,14 +91,6 @@ class Call:
         return self
 
 
-def until(condition: Callable[[], object], seconds: float = 15) -> None:
-    """Wait for something to become true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
 def agree(ours: Sequence[QKDKey], slave: KeyManager, master_sae_id: str) -> None:
     """The other side gets the same secrets under the same IDs."""
     theirs = slave.get_keys_by_id(master_sae_id, [key.key_id for key in ours])

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any
 
 from kms_client import Etsi014Client, KMSError, QKDKey
 from kms_client.emulator import DemoPKI, ensure_demo_pki
+from tests.support.patience import PATIENCE, eventually
+from tests.support.ports import free_port
 
 BLOCK = "300000"
 
@@ -30,7 +31,8 @@ class SideProcess:
         self.side = side
         self._directory = directory
         self._arguments = arguments
-        self._ports: tuple[str, ...] = ()
+        names = ("--port", "--page-port", *(("--link-port", "--fibre-port") if side == "a" else ()))
+        self._ports = [argument for name in names for argument in (name, str(free_port()))]
         self.ready: dict[str, Any] = {}
         self.start()
 
@@ -47,12 +49,6 @@ class SideProcess:
         )
         assert self.process.stdout is not None
         self.ready = json.loads(self.process.stdout.readline())
-        ports = {"--port": self.url, "--page-port": self.ready["page"].rstrip("/")}
-        if self.side == "a":
-            ports |= {"--link-port": self.ready["link"], "--fibre-port": self.ready["fibre"]}
-        self._ports = tuple(
-            argument for name, address in ports.items() for argument in (name, address.rpartition(":")[2])
-        )
 
     @property
     def url(self) -> str:
@@ -67,7 +63,7 @@ class SideProcess:
         return self._wait()
 
     def _wait(self) -> int:
-        code = self.process.wait(20)
+        code = self.process.wait(PATIENCE)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
@@ -89,10 +85,10 @@ class Link:
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.pki = ensure_demo_pki(directory)
-        self.a = SideProcess("a", directory, "--page-port", "0", *arguments)
+        self.a = SideProcess("a", directory, *arguments)
         self.cable = Cable(self.a.ready["fibre"])
         self.b = SideProcess(
-            *("b", directory, "--page-port", "0", "--link", self.a.ready["link"]),
+            *("b", directory, "--link", self.a.ready["link"]),
             *("--fibre", f"127.0.0.1:{self.cable.port}"),
             *arguments,
         )
@@ -146,7 +142,7 @@ class Cable:
         self._loop.close()
 
     def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
 
     async def _tear(self) -> None:
         for writer in self._writers:
@@ -222,16 +218,16 @@ class Pairs:
         for error in self.unexpected:
             raise error
 
-    def wait_for_new(self, number: int, seconds: float = 30) -> None:
+    def wait_for_new(self, number: int) -> None:
         """Until as many more keys have reached slaves, in both directions together."""
         most = len(self.slaves) + number
-        wait_until(lambda: len(self.slaves) >= most or bool(self.unexpected), seconds)
+        eventually(lambda: len(self.slaves) >= most or bool(self.unexpected), f"{number} more keys")
 
     def _run(self, side: str) -> None:
         pki = self._link.pki
         here, there = ("a", "b") if side == "a" else ("b", "a")
-        master = self._link.sides[here].client(pki, read_timeout=10)
-        slave = self._link.sides[there].client(pki, read_timeout=10)
+        master = self._link.sides[here].client(pki, read_timeout=PATIENCE)
+        slave = self._link.sides[there].client(pki, read_timeout=PATIENCE)
         try:
             while not self._ended.is_set():
                 for key in self._try("master", partial(master.get_keys, f"SAE-{there.upper()}")):
@@ -259,10 +255,3 @@ class Pairs:
 def _hash(key: QKDKey) -> bytes:
     with key.use() as secret:
         return hashlib.sha256(secret).digest()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)

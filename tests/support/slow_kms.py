@@ -5,70 +5,104 @@ from __future__ import annotations
 import contextlib
 import socketserver
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
 from kms_client import KeyManager, KMSStatus, QKDKey
 from qkd_tls import QKDContext
+from tests.support.patience import PATIENCE
 
-DELAY = 0.5
-"""Seconds that a slow KMS takes."""
+_TURNS: Final = 5
+"""Of the event loop, while the KMS is asked."""
+
+
+class _Turns:
+    """How often an event loop has turned."""
+
+    def __init__(self) -> None:
+        self.waits = self.waits_in_vain = 0
+        self._number = 0
+        self._changed = threading.Condition()
+
+    def count(self) -> None:
+        with self._changed:
+            self._number += 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait for some more; in vain if the loop itself waits for the caller."""
+        with self._changed:
+            enough = self._number + _TURNS
+            self.waits += 1
+            self.waits_in_vain += not self._changed.wait_for(lambda: self._number >= enough, PATIENCE / 4)
+
+
+_watched: list[_Turns] = []
 
 
 class SlowManager:
-    """A key manager that answers after `DELAY`."""
+    """A key manager that answers when it may, and only after the event loop that is watched has turned some times."""
 
     def __init__(self, inner: KeyManager) -> None:
         self._inner = inner
         self.protocol, self.name, self.sae_id = inner.protocol, inner.name, inner.sae_id
         self.given: list[QKDKey] = []
+        self.asked, self.may_answer = threading.Event(), threading.Event()
+        self.may_answer.set()
 
     def status(self, peer_sae_id: str) -> KMSStatus:
         return self._inner.status(peer_sae_id)
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
-        time.sleep(DELAY)
+        self._take_time()
         keys = self._inner.get_keys(peer_sae_id, number, size)
         self.given += keys
         return keys
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        time.sleep(DELAY)
+        self._take_time()
         return self._inner.get_keys_by_id(peer_sae_id, key_ids)
 
     def close(self) -> None:
         self._inner.close()
 
+    def _take_time(self) -> None:
+        self.asked.set()
+        assert self.may_answer.wait(PATIENCE)
+        for turns in _watched:
+            turns.wait()
+
 
 @contextlib.asynccontextmanager
 async def a_loop_that_turns() -> AsyncIterator[None]:
-    """Fails where the event loop stood still for half of the time that a slow KMS takes."""
-    longest = 0.0
+    """Watch the running event loop. Fails unless a slow KMS is asked in the block, and the loop turns meanwhile."""
+    turns = _Turns()
 
     async def beat() -> None:
-        nonlocal longest
-        last = time.monotonic()
         while True:
-            await anyio.sleep(0.01)
-            longest = max(longest, time.monotonic() - last)
-            last = time.monotonic()
+            await anyio.sleep(0.005)
+            turns.count()
 
     async with anyio.create_task_group() as group:
         group.start_soon(beat)
-        yield
+        _watched.append(turns)
+        try:
+            yield
+        finally:
+            _watched.remove(turns)
         group.cancel_scope.cancel()
-    assert 0 < longest < DELAY / 2
+    assert turns.waits > 0
+    assert turns.waits_in_vain == 0
 
 
 class HTTPHandler(BaseHTTPRequestHandler):
     """Answers with the key ID of the connection."""
 
     protocol_version = "HTTP/1.1"
-    timeout = 20
+    timeout = PATIENCE
 
     def do_GET(self) -> None:
         body = self.connection.qkd.key_id.encode()
@@ -84,7 +118,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
 class RedisHandler(socketserver.StreamRequestHandler):
     """What redis-py needs for PING; all else is an unknown command, as to old servers."""
 
-    timeout = 20
+    timeout = PATIENCE
 
     def handle(self) -> None:
         while line := self.rfile.readline():

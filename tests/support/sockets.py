@@ -27,9 +27,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from kms_client import Etsi014Client, KeyManager, KMSStatus, LocalKeyManager, QKDKey
 from kms_client.emulator import DemoPKI, RunningPair
 from qkd_tls import QKDContext, QKDInfo, QKDSocket, create_default_context
+from tests.support.patience import PATIENCE
 
-TIMEOUT = 20
-"""Seconds after which a test that hangs gives up; nothing should ever come near it."""
+TIMEOUT = PATIENCE
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "server.example", "other.example")
 
@@ -615,15 +615,7 @@ class Proxy:
             pass
 
 
-# --- waiting, and leaks
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    """For what gives no event: another process, or the operating system."""
-    deadline = time.monotonic() + TIMEOUT
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.01)
+# --- leaks
 
 
 def spellings(secret: bytes) -> Sequence[str]:

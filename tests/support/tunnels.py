@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from kms_client.emulator import RunningPair
+from tests.support.patience import PATIENCE, eventually
 from tests.support.sockets import Authority, Identity
 
-TIMEOUT = 30
-"""Seconds after which a test that hangs gives up."""
+TIMEOUT = PATIENCE
 
 Address = tuple[str, int]
 
@@ -172,7 +172,7 @@ class Process:
             text = self.audit_file.read_text()
             return [json.loads(line) for line in text.splitlines()] if text.endswith("\n") else []
 
-        found: list[dict[str, Any]] = wait_until(
+        found: list[dict[str, Any]] = eventually(
             lambda: (found := lines()) and len(found) >= number and found
         )
         return found
@@ -182,15 +182,6 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def wait_until(condition: Callable[[], Any]) -> Any:
-    """What the condition gives, once it is true."""
-    deadline = time.monotonic() + TIMEOUT
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it has not happened"
-        time.sleep(0.01)
-    return value
 
 
 class Backend:

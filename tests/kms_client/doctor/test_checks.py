@@ -37,6 +37,7 @@ from tests.support.misbehaving_kme import (
     setting,
     twisted,
 )
+from tests.support.ports import free_port
 
 PASS, WARN, FAIL, SKIP = Verdict
 REFUSALS = [
@@ -486,9 +487,7 @@ def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 def test_nobody_listens(pair: RunningPair) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    report = examine(setting(pair.pki, f"https://127.0.0.1:{port}"))
+    report = examine(setting(pair.pki, f"https://127.0.0.1:{free_port()}"))
     expect(report, "reach", FAIL, "Connection refused")
     expect(report, "tls.version", SKIP, "cannot be reached")
     expect(report, "sae.expiry", PASS, "CN=SAE-A until")

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from kms_client.emulator.kme import server_context
 from kms_client.emulator.kme_sync import PeerKMEDown
 from kms_client.emulator.kme_sync_tls import ConnectingSync, ListeningSync, client_context
 from kms_client.emulator.store import KeyStore
+from tests.support.patience import eventually_in_loop
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ class Ends:
         self.b = ConnectingSync(self.store_b, "KME-A", self.context_b)
 
     async def both_up(self) -> None:
-        await until(lambda: self.a.up and self.b.up)
+        await eventually_in_loop(lambda: self.a.up and self.b.up)
 
     def agree(self) -> bool:
         return set(self.store_a.unassigned_ids()) == set(self.store_b.unassigned_ids())
@@ -55,16 +56,12 @@ async def joined(pki: DemoPKI, rate: float = 0, initial: int = 10) -> AsyncItera
     port = await ends.a.start("127.0.0.1", 0)
     ends.b.start("127.0.0.1", port)
     await ends.both_up()
-    await until(lambda: ends.store_b.held_count >= initial and ends.store_b.available_count >= initial)
+    await eventually_in_loop(
+        lambda: ends.store_b.held_count >= initial and ends.store_b.available_count >= initial
+    )
     yield ends
     await ends.b.stop()
     await ends.a.stop()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def test_keys_and_assignments_in_both_directions(pki: DemoPKI) -> None:
@@ -85,7 +82,7 @@ def test_keys_and_assignments_in_both_directions(pki: DemoPKI) -> None:
 def test_fills_at_the_rate_up_to_the_buffer(pki: DemoPKI) -> None:
     async def test() -> None:
         async with joined(pki, rate=2000, initial=0) as ends:
-            await until(lambda: ends.store_b.held_count == ends.store_b.available_count == 50)
+            await eventually_in_loop(lambda: ends.store_b.held_count == ends.store_b.available_count == 50)
             await asyncio.sleep(0.1)
             assert len(ends.store_a.unassigned_ids()) == 100
 
@@ -101,11 +98,11 @@ def test_after_a_cut_both_drop_what_the_other_has_not(pki: DemoPKI) -> None:
             ends.store_a.take(256, "M", ["S"])
             ends.store_b.take(256, "M", ["S"])
             assert not ends.agree()
-            await until(lambda: not ends.a.up)
+            await eventually_in_loop(lambda: not ends.a.up)
             with pytest.raises(PeerKMEDown):
                 await ends.a.assign([])
             await ends.both_up()
-            await until(ends.agree)
+            await eventually_in_loop(ends.agree)
             assert len(ends.store_a.unassigned_ids()) == 18
 
     asyncio.run(test())
@@ -120,10 +117,10 @@ def test_a_second_connection_replaces_a_first_one(pki: DemoPKI) -> None:
             writer.write(
                 json.dumps({"type": "sync", "key_ids": ends.store_b.unassigned_ids()}).encode() + b"\n"
             )
-            await until(lambda: ends.a.up and ends.a._writer is not first)
+            await eventually_in_loop(lambda: ends.a.up and ends.a._writer is not first)
             await reader.readline()
             writer.transport.abort()
-            await until(lambda: not ends.a.up or ends.a._writer is not first)
+            await eventually_in_loop(lambda: not ends.a.up or ends.a._writer is not first)
 
     asyncio.run(test())
 
@@ -146,7 +143,7 @@ def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str) -> None:
         port = await ends.a.start("127.0.0.1", 0)
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=ends.context_b)
         writer.write(b'{"type": "sync", "key_ids": []}\n')
-        await until(lambda: ends.a.up and ends.store_a.available_count == 5)
+        await eventually_in_loop(lambda: ends.a.up and ends.store_a.available_count == 5)
         assignment, _ = ends.store_a.take(256, "M", ["S"])
         pending = asyncio.create_task(ends.a.assign([assignment]))
         await asyncio.sleep(0.02)
@@ -161,7 +158,7 @@ def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str) -> None:
             writer.write(b'{"type": "ack", "number": 99, "done": true}\n')  # nobody waits for it
         with pytest.raises(PeerKMEDown):
             await pending
-        await until(lambda: not ends.a.up)
+        await eventually_in_loop(lambda: not ends.a.up)
         with contextlib.suppress(OSError):
             await reader.read()
         writer.transport.abort()
@@ -202,7 +199,7 @@ def test_side_b_waits_for_side_a(pki: DemoPKI, tmp_path: Path) -> None:
         await ends.a.start("127.0.0.1", port)
         await ends.both_up()
         await ends.a.stop()
-        await until(lambda: not ends.b.up)
+        await eventually_in_loop(lambda: not ends.b.up)
         await ends.b.stop()
 
     asyncio.run(test())

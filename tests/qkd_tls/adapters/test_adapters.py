@@ -24,6 +24,7 @@ from kms_client import Etsi014Client, KeyManager
 from kms_client.emulator import RunningPair, run_pair
 from qkd_tls import HandshakePath, Protection, QKDContext, QKDInfo, QKDSocket, QKDUnavailable
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
+from tests.support.ports import free_port
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -195,8 +196,7 @@ def test_a_wrong_host_name_is_refused(setup: Setup) -> None:
 
 
 def test_without_a_key_the_error_is_ours(setup: Setup) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        kme = f"https://127.0.0.1:{unused.getsockname()[1]}"
+    kme = f"https://127.0.0.1:{free_port()}"
     pki = setup.pair.pki
     manager = Etsi014Client(kme, sae_id="SAE-A", cert=pki.sae_a_cert, key=pki.sae_a_key, ca=pki.kms_ca)
     with (

@@ -30,7 +30,8 @@ from qkd_tls.adapters.redis import AsyncQKDConnection, QKDConnection
 from qkd_tls.adapters.redis import qkd_info as redis_info
 from qkd_tls.adapters.urllib3 import qkd_info as urllib3_info
 from qkd_tls.adapters.urllib3 import with_qkd_info
-from tests.support.slow_kms import DELAY, RedisHandler, SlowManager, a_loop_that_turns, serving
+from tests.support.patience import PATIENCE, eventually_in_loop
+from tests.support.slow_kms import RedisHandler, SlowManager, a_loop_that_turns, serving
 from tests.support.sockets import Lab
 
 CLOSE = {"Connection": "close"}
@@ -66,7 +67,9 @@ class TestHTTPX:
     def test_the_loop_turns_while_the_kms_is_asked(self, slow_client: Lab) -> None:
         async def fetch() -> None:
             async with (
-                httpx.AsyncClient(transport=QKDAsyncTransport(slow_client.client()), timeout=20) as client,
+                httpx.AsyncClient(
+                    transport=QKDAsyncTransport(slow_client.client()), timeout=PATIENCE
+                ) as client,
                 a_loop_that_turns(),
             ):
                 for path in ("bootstrap", "associated"):
@@ -92,25 +95,34 @@ class TestHTTPX:
             asyncio.run(fetch())
 
     def test_a_connect_timeout_wipes_what_comes_late(self, slow_client: Lab) -> None:
+        manager: Any = slow_client.managers["client"]
+        manager.may_answer.clear()
+
+        async def answer_too_late() -> None:
+            await eventually_in_loop(manager.asked.is_set)
+            await asyncio.sleep(1)
+            manager.may_answer.set()
+
         async def fetch() -> None:
-            timeout = httpx.Timeout(20, connect=DELAY / 5)
+            answering = asyncio.create_task(answer_too_late())
+            timeout = httpx.Timeout(PATIENCE, connect=1)
             transport = QKDAsyncTransport(slow_client.client())
             async with httpx.AsyncClient(transport=transport, timeout=timeout) as client:
                 with pytest.raises(httpx.ConnectTimeout):
                     await client.get(f"https://localhost:{port}/")
+            await answering
 
         with serving(slow_client.server()) as port:
             asyncio.run(fetch())
-        manager: Any = slow_client.managers["client"]
         assert [key.used for key in manager.given] == [True]
 
     def test_other_contexts_go_through(self, local: Lab) -> None:
         async def handshake() -> None:
             transport = QKDAsyncTransport(local.client())
             backend: httpcore.AsyncNetworkBackend = transport._pool._network_backend
-            stream = await backend.connect_tcp("127.0.0.1", port, timeout=5)
+            stream = await backend.connect_tcp("127.0.0.1", port, timeout=PATIENCE)
             assert stream.get_extra_info("ssl_object") is None
-            tls = await stream.start_tls(local.stock_client(), "localhost", 5)
+            tls = await stream.start_tls(local.stock_client(), "localhost", PATIENCE)
             assert type(tls.get_extra_info("ssl_object")) is ssl.SSLObject
             await tls.write(b"x")
             assert await tls.read(10) == b""
@@ -207,15 +219,26 @@ class TestAnyIO:
         asyncio.run(talk())
 
     def test_given_up_while_the_kms_is_asked(self, slow_client: Lab) -> None:
+        manager: Any = slow_client.managers["client"]
+        manager.may_answer.clear()
+
+        async def give_up(scope: anyio.CancelScope) -> None:
+            await eventually_in_loop(manager.asked.is_set)
+            scope.cancel()
+            manager.may_answer.set()
+
         async def connect() -> None:
-            async with await anyio.connect_tcp("127.0.0.1", port) as plain:
-                with anyio.move_on_after(DELAY / 5) as scope:
+            async with (
+                await anyio.connect_tcp("127.0.0.1", port) as plain,
+                anyio.create_task_group() as group,
+            ):
+                with anyio.CancelScope() as scope:
+                    group.start_soon(give_up, scope)
                     await wrap_stream(plain, slow_client.client(), hostname="localhost")
                 assert scope.cancelled_caught
 
         with serving(slow_client.server()) as port:
             asyncio.run(connect())
-        manager: Any = slow_client.managers["client"]
         assert [key.used for key in manager.given] == [True]
 
     def test_a_kms_that_fails(self, local: Lab) -> None:

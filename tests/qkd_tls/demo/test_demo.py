@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from kms_client import KMSUnavailable
 from qkd_tls import cli
 from qkd_tls.demo import peers, story
 from qkd_tls.demo.processes import DemoError, Process, Processes, wait_for
+from tests.support.patience import PATIENCE
 
 # Where the tests were started in the background, SIGINT is ignored in all children: as from a terminal, it is not here.
 COMMAND = (
@@ -42,7 +42,7 @@ def test_the_whole_demo(temporary_files: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=4 * PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -82,7 +82,7 @@ def test_it_stops_its_processes_where_it_is_stopped(temporary_files: Path, numbe
         assert len(children) >= 3
         process.send_signal(number)
         process.stdout.read()
-        assert process.wait(20) == code
+        assert process.wait(PATIENCE) == code
     assert not any(child.is_running() for child in children)
     assert not list(temporary_files.iterdir())
 
@@ -371,9 +371,8 @@ def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: p
     (tmp_path / "deaf.py").write_text(deaf)
     process = Process("deaf", tmp_path, "deaf")
     assert process.first_report() == {}
-    begin = time.monotonic()
+    # It sleeps for ever: without the signal that it cannot ignore, this would not end.
     process.stop()
-    assert time.monotonic() - begin < 5
     process.stop()  # a second time does no harm
 
 

@@ -20,6 +20,7 @@ from qkd_tls.tunnel.connection import Connection, Reporting
 from qkd_tls.tunnel.metrics import Metrics
 from qkd_tls.tunnel.relay import End, Relay
 from qkd_tls.tunnel.settings import load
+from tests.support.patience import eventually
 from tests.support.tunnels import (
     TIMEOUT,
     Backend,
@@ -31,7 +32,6 @@ from tests.support.tunnels import (
     receive,
     receive_all,
     tunnel,
-    wait_until,
 )
 
 
@@ -54,7 +54,7 @@ def test_no_more_files(sites: Sites, tmp_path: Path) -> None:
                 for sock in socks:
                     sock.close()
                 # The first ones may still meet files that are being closed.
-                wait_until(lambda: answers(client))
+                eventually(lambda: answers(client))
 
 
 def answers(client: Process) -> bool:

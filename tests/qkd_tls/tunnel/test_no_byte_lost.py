@@ -1,4 +1,4 @@
-"""A thousand disconnects, drains and reloads at random, through real tunnel processes: no byte is lost unseen.
+"""Disconnects, drains and reloads at random, through real tunnel processes: no byte is lost unseen.
 
 What each end sent and received is compared afterwards. A clean end at a receiver means that the sender ended cleanly,
 and that every byte has arrived; whatever was cut shows as an error.
@@ -19,10 +19,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
+from tests.support.sizes import sized
 from tests.support.tunnels import TIMEOUT, Backend, Process, Sites, dial, tunnel
 
-EVENTS = 1000
+EVENTS = sized(1000, 400)
 """Connections cut by one of the ends or in between, drains and reloads, together."""
+QUOTAS = {"reload": 3, "drain": 3, "cut by an end": 3, "undisturbed": 20, "clean end": 100}
+"""How often each of these happens at least: the storm goes on until then."""
+CUTS = 3
+"""The same for each way of cutting in between."""
 WORKERS = 8
 HEAD = 8
 BLOCK = random.Random(1).randbytes(1 << 20)
@@ -259,8 +265,11 @@ class Storm:
         with self.lock:
             plan.disturbed |= epoch != self.epoch or epoch % 2 == 1
             self.events["connection"] += 1
+            self.events["clean end"] += plan.app.saw_end + plan.backend.saw_end
             if plan.app.cut is not None or plan.backend.cut is not None:
                 self.events["cut by an end"] += 1
+            elif plan.clean:
+                self.events["undisturbed"] += 1
 
     @staticmethod
     def _half(rng: random.Random, head: bytes) -> Half:
@@ -277,10 +286,14 @@ class Storm:
         cuts = self.events["cut by an end"] + self.middle.cuts.total()
         return cuts + self.events["drain"] + self.events["reload"]
 
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    @property
+    def over(self) -> bool:
+        """There was enough of everything."""
+        return (
+            self.number >= EVENTS
+            and all(self.events[kind] >= quota for kind, quota in QUOTAS.items())
+            and all(self.middle.cuts[how] >= CUTS for how in ("fin", "reset"))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -292,10 +305,11 @@ def storm(all_sites: Sites, tmp_path_factory: pytest.TempPathFactory) -> Storm:
         for worker in workers:
             worker.start()
         turn = 0
-        while storm.number < EVENTS and not storm.done.is_set():
+        while not (storm.over or storm.done.is_set()):
             storm.reload()
             turn += 1
-            if turn % 3 == 0:
+            # Hardly a connection is undisturbed on a machine that takes long for a drain: then there are no more.
+            if turn % 3 == 0 and (storm.number < EVENTS or storm.events["drain"] < QUOTAS["drain"]):
                 storm.drain()
             storm.done.wait(0.1)
         storm.done.set()
@@ -309,11 +323,8 @@ def storm(all_sites: Sites, tmp_path_factory: pytest.TempPathFactory) -> Storm:
 
 
 def test_there_was_a_storm(storm: Storm) -> None:
-    assert storm.number >= EVENTS
     print(dict(storm.events), dict(storm.middle.cuts), len(storm.plans))
-    for kind in ("reload", "drain", "connection", "cut by an end"):
-        assert storm.events[kind] >= 3
-    assert min(storm.middle.cuts["fin"], storm.middle.cuts["reset"]) >= 3
+    assert storm.over
 
 
 def test_what_arrives_is_what_was_sent(storm: Storm) -> None:
@@ -330,13 +341,13 @@ def test_a_clean_end_means_that_nothing_is_missing(storm: Storm) -> None:
                 seen += 1
                 assert sender.ended, (number, sender.sent, sender.error)
                 assert len(receiver.received) == sender.sent, number
-    assert seen >= 100
+    assert seen >= QUOTAS["clean end"]
 
 
 def test_what_nobody_cut_arrives_in_full(storm: Storm) -> None:
     """Neither reloads nor what happens to other connections disturb it."""
     whole = [plan for plan in storm.plans.values() if plan.clean]
-    assert len(whole) >= 8
+    assert len(whole) >= QUOTAS["undisturbed"]
     for plan in whole:
         assert (plan.app.error, plan.backend.error) == (None, None)
         assert (len(plan.app.received), len(plan.backend.received)) == (

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from qkd_tls.tunnel.systemd import Notifier
+from tests.support.patience import eventually
 from tests.support.tunnels import (
     TIMEOUT,
     Address,
@@ -32,7 +33,6 @@ from tests.support.tunnels import (
     receive,
     receive_all,
     tunnel,
-    wait_until,
 )
 
 
@@ -217,7 +217,7 @@ class TestReload:
                 with dial(client.address()) as app:
                     exchange(app)
                 written = tmp_path / f"{name}.jsonl"
-                wait_until(lambda written=written: written.stat().st_size)  # type: ignore[misc]
+                eventually(lambda written=written: written.stat().st_size)  # type: ignore[misc]
             assert not (tmp_path / "one").exists()
             client.reload(sites.config("client", entry, service='audit = "off"\n'))
             assert not (tmp_path / "two").exists()
@@ -248,11 +248,8 @@ class TestSystemd:
             variables = environment(NOTIFY_SOCKET=path, WATCHDOG_USEC="100000")
             with Process(tmp_path / "client.toml", config, env=variables) as client:
                 assert sock.recv(1000) == f"READY=1\nSTATUS=1 tunnels from {client.file}".encode()
-                alive = time.monotonic()
                 for _ in range(3):
                     assert sock.recv(1000) == b"WATCHDOG=1"
-                # Twice as often as it has to.
-                assert time.monotonic() - alive >= 0.05
                 client.reload()
                 messages: list[str] = []
                 while not messages or not messages[-1].startswith("READY=1"):
@@ -270,6 +267,9 @@ class TestSystemd:
                 while not (message := sock.recv(1000)).startswith(b"STOPPING=1"):
                     assert message == b"WATCHDOG=1"
                 assert client.wait() == 0
+
+    def test_signs_of_life_come_twice_as_often_as_they_have_to(self) -> None:
+        assert Notifier({"WATCHDOG_USEC": "100000"}).watchdog_interval == 0.05
 
     def test_nobody_listens_to_notifications(self, sites: Sites, tmp_path: Path) -> None:
         config = sites.config("client", tunnel("client", "localhost:1"))
@@ -487,7 +487,7 @@ class TestHealth:
                 exchange(app, b"0123456789")
                 during = metrics(health)
                 with dial(client.address()) as waiting:
-                    wait_until(lambda: metrics(health)['limit_reached_total{tunnel="t"}'] == 1)
+                    eventually(lambda: metrics(health)['limit_reached_total{tunnel="t"}'] == 1)
                     app.shutdown(socket.SHUT_WR)
                     assert receive_all(app) == b""
                     exchange(waiting)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from qkd_tls import create_default_context
+from tests.support.ports import free_port
 from tests.support.tunnels import (
     TIMEOUT,
     Backend,
@@ -276,8 +277,7 @@ class TestCuts:
             ]
 
     def test_no_backend(self, sites: Sites, tmp_path: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            nobody = unused.getsockname()
+        nobody = "127.0.0.1", free_port()
         with both_tunnels(sites, tmp_path, nobody) as (client, server):
             with dial(client.address()) as app, pytest.raises(ConnectionResetError):
                 app.recv(1)
@@ -287,8 +287,7 @@ class TestCuts:
             server.wait_for("WARNING: t: 127.0.0.1:[0-9]+, connect failed: Connection refused")
 
     def test_nobody_at_the_hybrid_side(self, sites: Sites, tmp_path: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            nobody = unused.getsockname()
+        nobody = "127.0.0.1", free_port()
         config = sites.config("client", tunnel("client", nobody))
         with Process(tmp_path / "client.toml", config) as client:
             with dial(client.address()) as app, pytest.raises(ConnectionResetError):

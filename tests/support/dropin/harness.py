@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Final, Self
 from kms_client import Etsi014Client
 from kms_client.emulator import RunningPair
 from qkd_tls import QKDInfo, create_default_context
+from tests.support.patience import PATIENCE
 from tests.support.sockets import Authority, Identity
 
 __all__ = [
@@ -54,9 +55,6 @@ HALF: Final = b"half"
 
 LIMIT: Final = 0.4
 """Seconds that programs are told to wait, where the peer falls silent."""
-
-PATIENCE: Final = 20.0
-"""Seconds for everything else."""
 
 COLUMNS: Final = {
     "connects": "connects",

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 
 from qkd_tls import KDF
 from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.ports import free_port
 from tests.support.sockets import TIMEOUT
 
 with warnings.catch_warnings():
@@ -131,12 +132,6 @@ def _number(text: str) -> str:
     return match.group()
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
-
-
 def _openssl_conf(given: Given) -> dict[str, str]:
     """For programs that have no setting for the cipher suites of TLS 1.3: OpenSSL's configuration file has."""
     text = (
@@ -229,7 +224,7 @@ class OpenSSL(Stack):
 
     @contextmanager
     def server(self, given: Given) -> Iterator[int]:
-        port = _free_port()
+        port = free_port()
         listen = ["-accept", f"127.0.0.1:{port}", "-nocert", "-rev"]
         with _serving([_program("openssl"), "s_server", *listen, *self._options(given)], b"ACCEPT"):
             yield port
@@ -270,7 +265,7 @@ class GnuTLS(Stack):
 
     @contextmanager
     def server(self, given: Given) -> Iterator[int]:
-        port = _free_port()
+        port = free_port()
         secrets = given.write("psk.gnutls", f"{given.identity}:{given.psk.hex()}\n")
         command = [_program("gnutls-serv"), "--echo", "--port", str(port), "--pskpasswd", secrets]
         with _serving([*command, *self._priority(given)], b"...done"):
@@ -460,7 +455,7 @@ class Stunnel(Stack):
 
     @contextmanager
     def _tunnel(self, given: Given, connect: int, *options: str) -> Iterator[int]:
-        accept = _free_port()
+        accept = free_port()
         secrets = given.write("psk.stunnel", f"{given.identity}:{given.psk.hex()}\n")
         lines = [
             "foreground = yes", "pid =", "syslog = no", "[psk]", f"accept = 127.0.0.1:{accept}",
@@ -535,7 +530,7 @@ class Mosquitto(Stack):
 
     @contextmanager
     def server(self, given: Given) -> Iterator[int]:
-        port = _free_port()
+        port = free_port()
         secrets = given.write("psk.mosquitto", f"{given.identity}:{given.psk.hex()}\n")
         lines = [
             f"listener {port} 127.0.0.1", "allow_anonymous true", "psk_hint qkd", f"psk_file {secrets}",

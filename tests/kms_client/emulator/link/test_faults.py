@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from kms_client import KMSError
-from tests.support.link_processes import Link, Pairs, SideProcess, running_link, wait_until
+from tests.support.link_processes import Link, Pairs, SideProcess, running_link
+from tests.support.patience import eventually
 
 ROUNDS = 6
 
@@ -85,7 +86,7 @@ def test_a_cable_that_is_cut_and_mended(link: Link) -> None:
     try:
         pairs.wait_for_new(20)
         link.cable.cut()
-        wait_until(lambda: figures(link.a)["keys"]["for_a"] == figures(link.a)["keys"]["for_b"] == 0)
+        eventually(lambda: figures(link.a)["keys"]["for_a"] == figures(link.a)["keys"]["for_b"] == 0)
         with pytest.raises(KMSError, match="not enough keys"):
             link.a.client(link.pki).get_keys("SAE-B")
         assert link.a.client(link.pki).status("SAE-B").stored_key_count == 0
@@ -98,11 +99,11 @@ def test_a_cable_that_is_cut_and_mended(link: Link) -> None:
 
 
 def test_a_full_store_pauses_both_sides_alike(link: Link) -> None:
-    wait_until(lambda: figures(link.a)["state"] == "full")
+    eventually(lambda: figures(link.a)["state"] == "full")
     master, slave = link.a.client(link.pki), link.b.client(link.pki)
     # Nothing is made any more, and both KMEs say how much there is.
     kept = figures(link.a)["blocks"]["kept"]
-    wait_until(lambda: figures(link.b)["blocks"]["kept"] == kept)
+    eventually(lambda: figures(link.b)["blocks"]["kept"] == kept)
     counts = master.status("SAE-B").stored_key_count, slave.status("SAE-A").stored_key_count
     assert counts == (figures(link.b)["keys"]["for_a"], figures(link.a)["keys"]["for_b"])
     assert master.status("SAE-B").max_key_count == 400
@@ -111,7 +112,7 @@ def test_a_full_store_pauses_both_sides_alike(link: Link) -> None:
     for _ in range(4):
         for key in master.get_keys("SAE-B", number=20):
             key.wipe()
-    wait_until(lambda: figures(link.a)["blocks"]["kept"] > kept and figures(link.a)["state"] == "full")
+    eventually(lambda: figures(link.a)["blocks"]["kept"] > kept and figures(link.a)["state"] == "full")
     assert figures(link.b)["blocks"]["kept"] == figures(link.a)["blocks"]["kept"]
     assert figures(link.b)["keys"]["discarded"] == figures(link.a)["keys"]["discarded"]
     master.close()
