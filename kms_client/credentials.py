@@ -78,7 +78,8 @@ def client_context(
         ValueError: something is missing, or given twice.
         KMSAuthenticationError: a file cannot be loaded.
 
-    A key log is never written, even if the environment asks for one: QKD keys could be read from a recording of the link.
+    A key log is never written, even if the environment asks for one: QKD keys could be read from a
+    recording of the link.
     """
     if (cert is None) == (pkcs12 is None) or (pkcs12 is not None and key is not None):
         raise ValueError("a KME needs this SAE's certificate: give cert and key, or pkcs12")

@@ -167,7 +167,7 @@ class SkipClient:
         )
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
-        """Return exactly `number` new keys, as initiator, shared with responder `peer_sae_id`; one request a key.
+        """Return `number` new keys shared with responder `peer_sae_id`, as initiator; one request for each.
 
         Args:
             peer_sae_id: the provider's `remoteSystemID` of the peer.
