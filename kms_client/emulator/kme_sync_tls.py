@@ -4,9 +4,9 @@ Side A has the key source and listens, side B connects and connects again. Whene
 reports its unassigned keys and drops those that the other lacks. From then on messages arrive in order, so
 that a key is always known at the other end before an assignment names it.
 
-With a key source, this channel carries keys under ordinary TLS: it stands in for the quantum link, without its
-protection. If the keys come from an emulated QKD link (`qkd_side`), there is no source, and no key goes over
-it.
+With a key source, this channel carries keys under ordinary TLS: it stands in for the quantum link, without
+its protection. If the keys come from an emulated QKD link (`qkd_side`), there is no source, and no key goes
+over it.
 """
 
 from __future__ import annotations

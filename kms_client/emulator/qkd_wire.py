@@ -49,7 +49,7 @@ class FibreConnection:
         await self._writer.drain()
 
     async def receive(self) -> tuple[int, Photons]:
-        """Return the next frame. Raises OSError or EOFError if the connection ended, ValueError for garbage."""
+        """Return the next frame. Raises OSError or EOFError if the link ended, ValueError for garbage."""
         number, length = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
         if length > _MAX_FRAME:
             raise ValueError(f"a frame of photons has {length} bytes")

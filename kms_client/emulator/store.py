@@ -167,7 +167,7 @@ class KeyStore:
         return secrets
 
     def unassigned_ids(self) -> list[str]:
-        """Return the IDs of keys that both ends must have: neither taken here nor assigned by the other end."""
+        """Return the IDs of keys that both ends must have: neither taken here nor assigned by the other."""
         return [*self._available, *self._held]
 
     def keep_only(self, key_ids: Iterable[str], told: Iterable[str] | None = None) -> int:
