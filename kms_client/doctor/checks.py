@@ -1,6 +1,6 @@
 """The checks, in the order they are made: small functions that each examine one thing and report it.
 
-Clauses are those of ETSI GS QKD 014 V1.1.1; "" where it says nothing.
+Clauses are those of ETSI GS QKD 014 V1.1.1; "" if it says nothing.
 """
 
 from __future__ import annotations

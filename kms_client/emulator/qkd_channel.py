@@ -123,7 +123,7 @@ class Authentication:
 
         Args:
             streams: the connection.
-            middle: returns what a man in the middle does, one of `kms_client.emulator.link.controls.MIDDLE`;
+            middle: returns the action of a man in the middle, one of `kms_client.emulator.link.controls.MIDDLE`;
                 None if there is none.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Alice: the transmitter, whose keys are the reference, and who decides about the share of keys for each purpose."""
+"""Alice: the transmitter, whose keys are the reference, and who decides where keys go."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Alice(Party):
         self.figures.optics |= described(self._line.optics)
 
     def _frame_pulses(self) -> int:
-        """Return the number of pulses in a frame: a part of a block for the optics and the rest to overlap."""
+        """Return the number of pulses in a frame: part of a block, so that optics and the rest overlap."""
         optics, source = self._line.optics, self.settings.source
         mean = float(np.dot(source.intensities, source.probabilities))
         expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
@@ -221,7 +221,7 @@ class Alice(Party):
             await self._send(conversation, Kind.ANSWER, answer, last=False)
 
     def _share(self, length: int) -> Share:
-        """Return the share: the reserve is filled up first, then the direction with fewer keys, if there is room.
+        """Return the share: fill up the reserve first, then the direction with fewer keys, if there is room.
 
         Raises Aborted if there is nothing to share out.
         """
