@@ -123,8 +123,8 @@ class Authentication:
 
         Args:
             streams: the connection.
-            middle: returns the action of a man in the middle, one of `kms_client.emulator.link.controls.MIDDLE`;
-                None if there is none.
+            middle: returns the action of a man in the middle, one of
+                `kms_client.emulator.link.controls.MIDDLE`; None if there is none.
 
         Raises:
             ChannelError: the peer cannot prove itself, or has lost its keys and is not allowed to bootstrap
