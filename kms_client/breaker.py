@@ -1,4 +1,4 @@
-"""When to ask again somebody who has failed: a circuit breaker with jittered exponential backoff.
+"""A circuit breaker with jittered exponential backoff: it decides when to ask a failed KME again.
 
 Pure: time comes in as an argument, in seconds of any monotonic clock.
 """
@@ -15,18 +15,18 @@ _MAX_DOUBLINGS = 30  # a float holds that
 
 
 class BreakerState(enum.StrEnum):
-    """What a breaker lets through."""
+    """The requests that a breaker lets through."""
 
     CLOSED = "closed"
-    """Everything."""
+    """All requests."""
     OPEN = "open"
-    """Nothing."""
+    """No request."""
     HALF_OPEN = "half-open"
     """One request, the probe: its outcome decides."""
 
 
 class Breaker:
-    """Opens after some failures in a row, for longer each time; then one probe closes it or opens it again.
+    """A switch that opens after failures in a row, for longer each time; then one probe closes or reopens it.
 
     Args:
         threshold: failures in a row that open it.
@@ -35,7 +35,7 @@ class Breaker:
         jitter: gives a number from 0 to 1. A delay is shortened by up to half of it, so that many programs
             that lost one KME together do not come back together.
 
-    Not thread-safe: whoever shares one holds a lock.
+    Not thread-safe: threads that share one must hold a lock.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Breaker:
 
     @property
     def retry_at(self) -> float:
-        """When the next request may be made; in the past where one may be made now."""
+        """Time from which the next request may be made; in the past if one may be made now."""
         return self._retry_at
 
     def state(self, now: float) -> BreakerState:
-        """Its state at the time `now`."""
+        """Return the state at the time `now`."""
         if not self._opened:
             return BreakerState.CLOSED
         return BreakerState.OPEN if now < self._retry_at else BreakerState.HALF_OPEN
 
     def acquire(self, now: float) -> bool:
-        """Whether a request may be made now. Whoever gets True reports `succeeded`, `failed` or `released`."""
+        """Return True if a request may be made now, whose end is `succeeded`, `failed` or `released`."""
         if not self._opened:
             return True
         if now < self._retry_at or self._probing:
@@ -82,13 +82,13 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        """A request was answered: close."""
+        """Close: a request was answered."""
         self._failures = self._opened = 0
         self._retry_at = float("-inf")
         self._probing = False
 
     def failed(self, now: float) -> None:
-        """A request failed."""
+        """Count a failed request."""
         self._failures += 1
         if self._opened and now < self._retry_at:
             return  # begun before the breaker opened: no news
@@ -99,5 +99,5 @@ class Breaker:
             self._retry_at = now + delay * (1 - self._jitter() / 2)
 
     def released(self) -> None:
-        """A request had no outcome: somebody else may make the probe."""
+        """Let another caller make the probe: a request ended without an outcome."""
         self._probing = False

@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is that of the subcommand, or 1 with the reason on standard error."""
+    """Run the command; return the subcommand's exit code, or 1 with the reason on standard error."""
     parser = argparse.ArgumentParser(
         prog="qkd-kme", description="Emulated key management entities, and the examination of real ones."
     )

@@ -1,6 +1,6 @@
-"""What a program proves itself to a KME with: certificate, private key and CA, loaded once into a TLS context.
+"""Credentials towards a KME: certificate, private key and CA, loaded once into a TLS context.
 
-No private key is written to a disk. The standard library loads keys from paths only, so one that comes out of a PKCS#12
+No private key is written to a disk. The standard library loads keys from paths only, so a key from a PKCS#12
 file passes through a file in memory that has no name (memfd_create(2)), encrypted under a random password.
 """
 
@@ -31,7 +31,7 @@ _ENCRYPTED_HINT = "The private key is encrypted: give key_password."
 
 
 class _Unusable(Exception):
-    """Some of the files cannot be used; says which, why, and perhaps what to do."""
+    """A file that cannot be used: which one, why, and perhaps what to do."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(problem)
@@ -39,9 +39,9 @@ class _Unusable(Exception):
 
 
 def hidden(password: Password | None) -> Callable[[], bytes] | None:
-    """A password as a function, which shows nothing where an error report lists variables; it is read when called.
+    """Wrap a password in a function, which error reports that list variables do not show; read when called.
 
-    A path (that is no `str`) names a file that holds the password, without the end of its last line.
+    A path (other than a `str`) names a file that holds the password, without the end of its last line.
     """
     if password is None:
         return None
@@ -64,11 +64,11 @@ def client_context(
     key_password: Callable[[], bytes] | None,
     kms: str,
 ) -> ssl.SSLContext:
-    """A context that presents this SAE's certificate and checks certificate and host name of the KME.
+    """Return a context that presents this SAE's certificate and checks certificate and host name of the KME.
 
     Args:
         cert: certificate chain, PEM.
-        key: private key, PEM; None where it is in the same file as the certificate.
+        key: private key, PEM; None if it is in the same file as the certificate.
         ca: CA certificates for the KME's certificate, PEM.
         pkcs12: certificate chain and private key in one PKCS#12 file, instead of `cert` and `key`.
         key_password: of the private key or of the PKCS#12 file.
@@ -78,7 +78,8 @@ def client_context(
         ValueError: something is missing, or given twice.
         KMSAuthenticationError: a file cannot be loaded.
 
-    A key log is never written, whatever the environment says: QKD keys could be read from a recording of the link.
+    A key log is never written, even if the environment asks for one: QKD keys could be read from a
+    recording of the link.
     """
     if (cert is None) == (pkcs12 is None) or (pkcs12 is not None and key is not None):
         raise ValueError("a KME needs this SAE's certificate: give cert and key, or pkcs12")

@@ -1,9 +1,9 @@
-"""What can go wrong between a program and its key management system (KMS).
+"""Errors between a program and its key management system (KMS).
 
-The class says who has to act: nobody but time (`KMSUnavailable`), whoever keeps the certificates
-(`KMSAuthenticationError`), whoever says what the secure site is (`KMSOutsideSecureSite`), whoever wrote the
-request (`KMSRequestError`), the vendor of the KME (`KMSProtocolError`), or our own program (`KeyAlreadyUsed`).
-No error ever holds key material.
+The class says who has to act: nothing but waiting helps (`KMSUnavailable`), the keeper of the certificates
+(`KMSAuthenticationError`), the operator who defines the secure site (`KMSOutsideSecureSite`), the author of
+the request (`KMSRequestError`), the vendor of the KME (`KMSProtocolError`), or our own program
+(`KeyAlreadyUsed`). No error ever holds key material.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_SHOWN_LENGTH = 120
 
 
 def shown(text: str) -> str:
-    """`text` as it may stand in a message or a log line: printable, on one line, not too long."""
+    """Return `text` fit for a message or a log line: printable, on one line, not too long."""
     line = "".join(c if c.isprintable() else "?" for c in text)
     return line if len(line) <= _MAX_SHOWN_LENGTH else line[: _MAX_SHOWN_LENGTH - 3] + "..."
 
@@ -40,12 +40,12 @@ class KMSError(Exception):
 
     Attributes:
         message: what happened, in a few words.
-        kms: the KME's name for people, usually its URL; "" if none was involved.
+        kms: the KME's display name, usually its URL; "" if none was involved.
         peer: the SAE ID of the peer that the keys are shared with, if known.
         key_ids: the IDs of the keys concerned.
         status: the HTTP status code answered, if there was one.
         hint: what to do about it.
-        keys_may_be_lost: whether the KME may have taken the keys out of its store although none came here.
+        keys_may_be_lost: True if the KME may have removed the keys from its store although none arrived here.
     """
 
     default_hint: ClassVar[str] = ""
@@ -75,12 +75,12 @@ class KMSError(Exception):
         )
 
     def __str__(self) -> str:
-        """What happened, at which KME, for which peer and keys, and what to do."""
+        """Return the summary and the hint."""
         return f"{self.summary}. {self.hint}" if self.hint else self.summary
 
     @property
     def summary(self) -> str:
-        """What happened, at which KME, for which peer and keys."""
+        """The error, the KME, the peer and the keys concerned."""
         where = []
         if self.kms:
             where.append(f"KMS {shown(self.kms)}")
@@ -145,7 +145,7 @@ class UnknownSAE(KMSRequestError):
 
 
 class KMSProtocolError(KMSError):
-    """The KMS answered something that is not an answer."""
+    """The KMS answered with something other than a valid answer."""
 
     default_hint = "Check that the URL is that of a KME and which version of the interface it speaks."
     default_keys_may_be_lost = True

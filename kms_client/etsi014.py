@@ -67,14 +67,15 @@ class Etsi014Client:
         url: the KME's URL, with a path prefix if it has one before `/api/v1`.
         sae_id: this program's SAE ID; the KME takes it from the certificate.
         cert: path of this SAE's certificate chain, PEM.
-        key: path of its private key, PEM; may be left out where it is in the same file.
+        key: path of its private key, PEM; may be left out if it is in the same file.
         ca: path of the CA certificates for the KME's certificate, PEM. The host name is checked.
         pkcs12: path of a PKCS#12 file with certificate chain and private key, instead of `cert` and `key`.
-        key_password: of the private key or of the PKCS#12 file: the password as `str` or `bytes`, a `pathlib.Path` of a
-            file that holds it and is not readable by everybody, or a function that returns it. It is read once, here.
+        key_password: of the private key or of the PKCS#12 file: the password as `str` or `bytes`, a
+            `pathlib.Path` of a file that holds it and is not world-readable, or a function that returns it.
+            It is read once, here.
         ssl_context: a context instead of `cert`, `key`, `ca`, `pkcs12` and `key_password`, which has all of that
             loaded, and must check certificate and host name: such as a `qkd_tls.QKDContext` with policy "off", which
-            protects the link with ML-KEM where the KME supports that.
+            protects the link with ML-KEM if the KME supports it.
         server_hostname: the name that the KME's certificate must have, if it is not the URL's host: for a KME that
             is reached by its address, or whose certificate has no subject alternative name but one in its subject.
         unix_socket: path of a Unix socket that the KME listens at, with TLS as ever, instead of the URL's host and
@@ -84,8 +85,8 @@ class Etsi014Client:
         connect_timeout: seconds to connect, for each address of the host; once more for the TLS handshake.
             Looking up the host name takes as long as the system's resolver takes.
         read_timeout: seconds for the whole answer, however it trickles in.
-        size: of a key in bits where `get_keys` is not told; None for the KME's own.
-        master_in_key_ids: put the master's SAE ID into each entry of `key_IDs`, which one vendor wants.
+        size: of a key in bits if `get_keys` is not told; None for the KME's own.
+        master_in_key_ids: put the master's SAE ID into each entry of `key_IDs`, as one vendor requires.
 
     Attributes:
         quirks: names of the deviations from the standard met so far.
@@ -100,16 +101,16 @@ class Etsi014Client:
     Requests are sent by POST with a JSON body. GET is defined for the simple cases too, but KMEs were seen
     to ignore `number` and `size` in a query, and key IDs in URLs end up in access logs.
 
-    No key request is ever sent twice. Repeating one costs keys: a KME that carried it out has taken the
-    keys from its store, whether or not the answer arrived. A kept-alive connection that the KME has closed
-    is replaced before anything is sent. `status` takes no keys and is tried a second time when there was
-    no answer but a refused or lost connection.
+    No key request is ever sent twice. Repeating one costs keys: a KME that carried it out has taken the keys
+    from its store, whether or not the answer arrived. A kept-alive connection that the KME has closed is
+    replaced before anything is sent. `status` takes no keys and is tried a second time if the connection was
+    refused or lost before an answer.
 
     A delivered key passes through Python strings (its JSON and base64 text) which cannot be wiped; they are
     let go at once. The received body, the decoded copies and the `QKDKey` are wiped.
 
-    The last 10,000 keys that were returned are remembered by their IDs: where a KME delivers one again, it is wiped and
-    the call raises.
+    The last 10,000 keys that were returned are remembered by their IDs: if a KME delivers one again, it is
+    wiped and the call raises.
 
     Every method may be called from any thread.
     """
@@ -181,7 +182,7 @@ class Etsi014Client:
         Args:
             peer_sae_id: SAE ID of the slave.
             number: how many, 1 or more; the KME refuses more than its `max_key_per_request`.
-            size: of each key in bits, a multiple of 8; None for the size this client was made with.
+            size: of each key in bits, a multiple of 8; None for this client's own size.
 
         Raises:
             NoKeysLeft: the KME has fewer keys, or delivered fewer; those are wiped and lost.
@@ -241,8 +242,7 @@ class Etsi014Client:
 
         Args:
             peer_sae_id: SAE ID of the master.
-            key_ids: one or more, all different. Compared exactly, or without letter case where a KME
-                changes it.
+            key_ids: one or more, all different. Compared exactly, or without letter case if a KME changes it.
 
         Returns:
             One key for each ID in the order asked, under the ID asked. Their size is for the caller to check.
@@ -256,7 +256,7 @@ class Etsi014Client:
             KMSRequestError, UnknownSAE: no key was delivered.
             ValueError: no ID, an empty one, or the same one twice.
 
-        Not idempotent: a repeated call is refused, for a key is delivered once.
+        Not idempotent: a repeated call is refused, because a key is delivered once.
         """
         check_key_ids(key_ids)
         request = build_key_ids_request(key_ids, peer_sae_id if self._master_in_key_ids else None)
@@ -303,7 +303,7 @@ class Etsi014Client:
         self._https.close()
 
     def __repr__(self) -> str:
-        """The KME and this SAE."""
+        """Show the KME and this SAE."""
         return f"<Etsi014Client {self.name} sae_id={self.sae_id}>"
 
     def _ask_status(self, peer: str) -> KMSStatus:
@@ -316,7 +316,7 @@ class Etsi014Client:
         return self._parsed(lambda body: parse_status(body, quirks=self.quirks), answer, peer)
 
     def _other_case(self, found: dict[str, QKDKey], key_id: str) -> QKDKey | None:
-        """The one key in `found` whose ID is `key_id` in other letter case, under the ID asked."""
+        """Return the one key in `found` whose ID is `key_id` in other letter case, under the ID asked."""
         same = [other for other in found if other.lower() == key_id.lower()]
         if len(same) != 1:
             return None
@@ -333,7 +333,7 @@ class Etsi014Client:
         max_size: int,
         key_ids: Sequence[str] = (),
     ) -> Answer:
-        """The answer with status 200; anything else raises."""
+        """Return the answer with status 200; raise for any other."""
         path = _path(peer_sae_id, call)
         try:
             answer = self._https.request(method, path, body, max_size)
@@ -378,7 +378,7 @@ class DeliveredKeys:
         self._order: deque[tuple[str, str, str]] = deque()
 
     def again(self, call: str, peer: str, keys: Iterable[QKDKey]) -> list[str]:
-        """IDs of those keys that have been delivered before; from now on all of them have."""
+        """Return the IDs of keys that were delivered before; from now on all of `keys` count as delivered."""
         again = []
         with self._lock:
             for key in keys:
@@ -401,9 +401,9 @@ def _path(sae_id: str, call: str) -> str:
 
 
 def _refusal(call: str, status: int, text: str, *, kms: str, peer: str, key_ids: Sequence[str]) -> KMSError:
-    """The error for an HTTP status other than 200.
+    """Return the error for an HTTP status other than 200.
 
-    The standard has 400, 401 and 503 (clause 6); the rest is what KMEs were seen to answer.
+    The standard has 400, 401 and 503 (clause 6); the others were seen from running KMEs.
     """
     says = f"the KME refused: {text}" if text else "the KME refused without saying why"
     kind: type[KMSError] = KMSRequestError

@@ -1,6 +1,6 @@
 """The JSON of ETSI GS QKD 014 V1.1.1 (clause 6), built and parsed; no I/O.
 
-Strict about what matters (IDs, sizes, encodings), tolerant of what running KMEs were seen to do. Each
+Strict about what matters (IDs, sizes, encodings), tolerant of the deviations seen in running KMEs. Each
 tolerance that was needed is recorded by name in a set of quirks.
 """
 
@@ -57,7 +57,7 @@ _KEY = {"key_ID", "key_id", "key_ID_extension", "key", "key_extension"}
 
 
 class Malformed(Exception):
-    """An answer that is not what the standard says; the text says in what.
+    """An answer that breaks the standard; the text says how.
 
     Its traceback leads to frames that hold keys: catch it, keep the text, and raise something else outside
     the `except` block.
@@ -65,29 +65,29 @@ class Malformed(Exception):
 
 
 def build_key_request(number: int, size: int | None) -> bytes:
-    """Body of Get key (clause 6.2): `number` keys of `size` bits, of the KME's own size with None."""
+    """Build the body of Get key (clause 6.2): `number` keys of `size` bits; None for the KME's own size."""
     request = {"number": number} if size is None else {"number": number, "size": size}
     return json.dumps(request).encode()
 
 
 def build_key_ids_request(key_ids: Sequence[str], master_sae_id: str | None = None) -> bytes:
-    """Body of Get key with key IDs (clause 6.3); one vendor wants the master's SAE ID in each entry."""
+    """Build the body of Get key with key IDs (clause 6.3); one vendor wants the master's SAE ID per entry."""
     extra = {} if master_sae_id is None else {"master_SAE_ID": master_sae_id}
     return json.dumps({"key_IDs": [{"key_ID": key_id, **extra} for key_id in key_ids]}).encode()
 
 
 def parse_status(body: bytes | bytearray, *, quirks: set[str]) -> KMSStatus:
-    """The answer to Get status (clause 6.1).
+    """Parse the answer to Get status (clause 6.1).
 
     Accepted besides the standard's form: extra members; null or missing strings, which become "", and
     `max_SAE_ID_count`, which becomes 0.
 
     Args:
         body: the answer, JSON.
-        quirks: gets the names of the deviations met.
+        quirks: receives the names of the deviations met.
 
     Raises:
-        Malformed: a number is missing or is none.
+        Malformed: a number is missing or of another type.
     """
     status = json_object(body)
     _compare(status, _STATUS | {"status_extension"}, quirks)
@@ -110,15 +110,15 @@ def parse_status(body: bytes | bytearray, *, quirks: set[str]) -> KMSStatus:
 
 
 def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) -> list[QKDKey]:
-    """The keys of a key container (clause 6.2), all different, in the order given; none if there is none.
+    """Return the keys of a key container (clause 6.2), all different, in the order given; perhaps none.
 
-    Accepted besides the standard's form: `Keys`, `key_id`, keys in hexadecimal (128 bits or more) or
-    URL-safe or unpadded base64, IDs that are no UUIDs, extra and null members.
+    Accepted besides the standard's form: `Keys`, `key_id`, keys in hexadecimal (128 bits or more) or URL-safe
+    or unpadded base64, IDs that are not UUIDs, extra and null members.
 
     Args:
         body: the answer, JSON.
         kms: name of the KME, for the keys.
-        quirks: gets the names of the deviations met.
+        quirks: receives the names of the deviations met.
 
     Raises:
         Malformed: anything else; keys parsed before are wiped.
@@ -148,14 +148,14 @@ def parse_key_container(body: bytes | bytearray, *, kms: str, quirks: set[str]) 
 
 
 def error_text(body: bytes | bytearray, *, quirks: set[str]) -> str:
-    """What an error body (clause 6.4, or a framework's own) says, safe to show; "" where it says nothing.
+    """Return the text of an error body (clause 6.4, or a framework's own), safe to show; "" if it has none.
 
     Only a short printable `message`, `detail` or `error` is taken, never from a body that has keys in it, and
     anything in it that might be a key is left out.
 
     Args:
         body: of the answer, anything.
-        quirks: gets the names of the deviations met.
+        quirks: receives the names of the deviations met.
     """
     if not body:
         quirks.add("empty error body")
@@ -177,7 +177,7 @@ def error_text(body: bytes | bytearray, *, quirks: set[str]) -> str:
 
 
 def json_object(body: bytes | bytearray) -> dict[str, Any]:
-    """What an answer holds.
+    """Return the JSON object in an answer.
 
     Raises:
         Malformed: it is not a JSON object.
@@ -193,7 +193,7 @@ def json_object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _compare(document: Mapping[str, Any], known: set[str], quirks: set[str]) -> None:
-    """Note members that the standard does not have or that have no value; their names are the KME's, and not kept."""
+    """Note members that are unknown to the standard or have no value, without their names."""
     if not document.keys() <= known:
         quirks.add("extra members")
     if None in document.values():

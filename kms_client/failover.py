@@ -1,13 +1,13 @@
 """Several KMEs of one site as one `KeyManager`.
 
-Which failures allow to ask the next KME:
+Failures after which the next KME may be asked:
 
-- `get_keys`: all of them. Where the KME refused, or was not reached, no key was taken. Where the request had been sent
-  and no whole answer came (`KMSError.keys_may_be_lost`), the KME may have taken keys out of its store that nobody has
-  now. They protect nothing, and other keys serve as well: the next KME is asked, and the keys are counted as possibly
-  lost.
+- `get_keys`: all of them. If the KME refused, or was not reached, no key was taken. If the request was sent
+  and no complete answer came (`KMSError.keys_may_be_lost`), the KME may have taken keys out of its store that
+  neither SAE has now. They protect nothing, and other keys serve as well: the next KME is asked, and the keys
+  are counted as possibly lost.
 - `get_keys_by_id`: all of them, too. A KME that does not know an ID loses nothing by being asked. But no KME is asked
-  again for a key that it may have delivered: it would say that it has no such key, and hide what happened.
+  again for a key that it may have delivered: it would say that it has no such key, and hide the loss.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _KINDS: Final = (
 
 @dataclass(frozen=True)
 class MemberHealth:
-    """How one KME of a `FailoverKeyManager` does, for metrics; no secrets."""
+    """The health of one KME of a `FailoverKeyManager`, for metrics; no secrets."""
 
     name: str
     breaker: BreakerState
@@ -68,9 +68,9 @@ class MemberHealth:
     failures: int
     """Requests that it failed, or refused for another reason than having no such key."""
     possibly_lost: int
-    """Keys of requests that failed without it being known how far it came."""
+    """Keys of failed requests, of which the KME may have delivered some."""
     last_error: str
-    """What it failed with last, and what to do; "" if it never did."""
+    """Its last failure and the hint; "" if it never failed."""
 
 
 @dataclass(eq=False)
@@ -95,23 +95,23 @@ class FailoverKeyManager:
         members: the KMEs of this site, the preferred one first; closed with this manager. All know this program by the
             same SAE ID, and no two have the same name.
         peers: for a member's name, the SAE IDs that it has a link to; a member that is not named may have links to all.
-        size: of a key in bits where `get_keys` is not told; None for each member's own.
-        protocol: name of the interface on the wire between peers. Needed where members speak several: to give it is to
-            declare that all members deliver the same keys under the same IDs, whatever they speak.
+        size: of a key in bits if `get_keys` is not told; None for each member's own.
+        protocol: name of the interface on the wire between peers. Needed if members speak several: giving it
+            declares that all members deliver the same keys under the same IDs, whatever they speak.
         threshold: failures in a row after which a member is left alone for a while.
         min_backoff: seconds that it is left alone the first time; doubled each further time.
         max_backoff: seconds, at most.
-        max_records: keys for which it is remembered who served them.
+        max_records: keys whose serving member is remembered.
         clock: monotonic, in seconds.
         jitter: see `Breaker`.
 
     Raises:
         ValueError: the members do not fit together.
 
-    `get_keys` and `status` ask the members that are not left alone, until one delivers. `get_keys_by_id` asks all:
-    whoever was told a key ID has reason to believe that a KME of this site has the key. Members that are left alone
-    come last then, the one that knew this peer's last key comes first. See the module for which failures count as lost
-    keys.
+    `get_keys` and `status` ask the members that are not left alone, until one delivers. `get_keys_by_id` asks
+    all: an SAE that was told a key ID has reason to believe that a KME of this site has the key. Members that
+    are left alone come last then, the one that knew this peer's last key comes first. The module's docstring
+    lists the failures that count as lost keys.
 
     Every method may be called from any thread.
     """
@@ -164,14 +164,14 @@ class FailoverKeyManager:
         forget_in_children(self)
 
     def forget(self) -> None:
-        """Called in a forked child: another thread of the parent may have held the lock."""
+        """Start afresh in a forked child: another thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     def status(self, peer_sae_id: str) -> KMSStatus:
-        """That of the first member that gives one.
+        """Return the status of the first member that gives one.
 
         Raises:
-            KMSError: of the kind that leaves most hope; the text has what each member said.
+            KMSError: of the kind that leaves most hope; the text has the answer of each member.
         """
         attempt = _Attempt(self, peer_sae_id, "status")
         for member in self._in_order(peer_sae_id):
@@ -181,10 +181,10 @@ class FailoverKeyManager:
         raise attempt.failure()
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
-        """New keys from the first member that delivers them; all of them from the same.
+        """Return new keys from the first member that delivers them; all of them from the same.
 
         Raises:
-            KMSError: of the kind that leaves most hope; the text has what each member said.
+            KMSError: of the kind that leaves most hope; the text has the answer of each member.
             ValueError: `number` or `size` is impossible.
         """
         size = self._size if size is None else size
@@ -198,14 +198,15 @@ class FailoverKeyManager:
         raise attempt.failure()
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """The keys with these IDs, from the members that know them.
+        """Return the keys with these IDs, from the members that know them.
 
-        Members are asked for all keys at once. Where two or more say that they do not know some, they are asked for one
-        key after the other: the peer may have got them from several KMEs.
+        Members are asked for all keys at once. If two or more do not know some of them, those are asked for
+        one key after the other: the peer may have got the keys from several KMEs.
 
         Raises:
-            UnknownKey: every member was asked, and one key is known to none; others that were delivered are wiped.
-            KMSError: of the kind that leaves most hope; the text has what each member said.
+            UnknownKey: every member was asked, and no member knows one of the keys; others that were
+                delivered are wiped.
+            KMSError: of the kind that leaves most hope; the text has the answer of each member.
             ValueError: no ID, an empty one, or the same one twice.
         """
         check_key_ids(key_ids)
@@ -252,13 +253,13 @@ class FailoverKeyManager:
         return None
 
     def served_by(self, key_id: str) -> str | None:
-        """Name of the member that delivered this key; None if that is not known (any more)."""
+        """Return the name of the member that delivered this key; None if that is not known (any more)."""
         with self._lock:
             return self._served_by.get(key_id)
 
     @property
     def health(self) -> tuple[MemberHealth, ...]:
-        """How each member does, in order of preference."""
+        """The health of each member, in order of preference."""
         with self._lock:
             now = self._clock()
             return tuple(
@@ -279,7 +280,7 @@ class FailoverKeyManager:
             member.manager.close()
 
     def __repr__(self) -> str:
-        """The members."""
+        """Show the members."""
         return f"<FailoverKeyManager {self.name}>"
 
     def _in_order(self, peer: str, *, by_id: bool = False) -> list[_Member]:
@@ -310,7 +311,7 @@ def _remember(records: OrderedDict[str, _T], name: str, value: _T, most: int) ->
 
 @dataclass
 class _Attempt:
-    """One call, and what the members said to it."""
+    """One call, and the members' answers to it."""
 
     of: FailoverKeyManager
     peer: str
@@ -321,12 +322,12 @@ class _Attempt:
 
     @property
     def not_known(self) -> bool:
-        """Whether the last member does not know a key, and has not delivered the others."""
+        """True if the last member does not know a key, and has not delivered the others."""
         error = self.errors[-1][1]
         return isinstance(error, UnknownKey) and not error.keys_may_be_lost
 
     def ask(self, member: _Member, request: Callable[[KeyManager], _T], *, anyway: bool = False) -> _T | None:
-        """What the member answers; None if it fails, or is left alone and not to be asked `anyway`."""
+        """Return the member's answer; None if it fails, or is left alone and not to be asked `anyway`."""
         lock, clock = self.of._lock, self.of._clock
         with lock:
             now = clock()
@@ -359,7 +360,7 @@ class _Attempt:
             member.last_error = error
 
     def failure(self) -> KMSError:
-        """One error for all of them."""
+        """Return one error for all of them."""
         if not self.errors:
             return UnknownSAE(
                 "no KME here has a link to this SAE",

@@ -1,4 +1,4 @@
-"""Objects that start afresh in a forked child: the parent goes on with what they hold."""
+"""Objects that start afresh in a forked child: the parent keeps using their locks, threads and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Forgetful", "forget_in_children"]
 
 
 class Forgetful(Protocol):
-    """Something whose locks, threads and keys stay with the process that made them."""
+    """An object whose locks, threads and keys stay with the process that made them."""
 
     def forget(self) -> None:
         """Start afresh. Called in a new child, whose only thread this is."""

@@ -1,6 +1,6 @@
 """One HTTPS request to a KME: mutual TLS, one deadline, a bounded body; every failure a `KMSError`.
 
-On `requests`, with what it leaves open closed: no redirects, no proxies or certificate bundles from the
+Built on `requests`, with its open points closed: no redirects, no proxies or certificate bundles from the
 environment, no compression, no endless or endlessly slow answers, no address outside the secure site.
 """
 
@@ -68,7 +68,7 @@ _HEADER_VALUE = re.compile(r"[!-~](?:[ \t!-~]*[!-~])?|")
 
 
 class WrapsSockets(Protocol):
-    """What makes TLS of a connected socket, as an `ssl.SSLContext` does, and authenticates the server by itself."""
+    """A TLS wrapper for connected sockets, like `ssl.SSLContext`, that authenticates the server by itself."""
 
     def wrap_socket(self, sock: socket.socket, *, server_hostname: str | None) -> ssl.SSLSocket:
         """Shake hands, within the socket's timeout."""
@@ -77,7 +77,7 @@ class WrapsSockets(Protocol):
 
 @dataclass
 class Answer:
-    """An HTTP answer; `body` may hold keys and is to be wiped by whoever got it."""
+    """An HTTP answer; `body` may hold keys, and the caller must wipe it."""
 
     status: int
     body: bytearray = field(repr=False)
@@ -93,17 +93,18 @@ class HTTPSClient:
     Args:
         url: `https://host[:port][/prefix]`.
         cert: path of this SAE's certificate chain, PEM.
-        key: path of its private key, PEM; None where it is in the same file.
+        key: path of its private key, PEM; None if it is in the same file.
         ca: path of the CA certificates that the KME's certificate must chain to, PEM.
         pkcs12: path of a PKCS#12 file with certificate chain and private key, instead of `cert` and `key`.
         key_password: of the private key or the PKCS#12 file: the password, the `Path` of a file, or a function.
         ssl_context: instead of all of these, a context that has them loaded.
-        psk_context: instead of all of these, what makes connections that a pre-shared key authenticates both ways.
+        psk_context: instead of all of these, a maker of connections that a pre-shared key authenticates both
+            ways.
         server_hostname: the name that the KME's certificate must have, if it is not the URL's host.
         unix_socket: path of a Unix socket to connect to, instead of the URL's host and port.
         site: the addresses that a KME may have; None for those of this host.
         headers: further header fields of each request.
-        quirks: gets the names of deviations met.
+        quirks: receives the names of the deviations met.
         connect_timeout: seconds to connect, for each address of the host; once more for the TLS handshake.
         read_timeout: seconds for the whole answer, however it trickles in.
 
@@ -186,7 +187,7 @@ class HTTPSClient:
             KMSTimeout: no connection or no whole answer in time.
             KMSOutsideSecureSite: the address connected to is not in the secure site; nothing was sent.
             KMSAuthenticationError: a certificate was refused, on either side.
-            KMSProtocolError: the answer is no HTTP, too large, or encoded.
+            KMSProtocolError: the answer is not HTTP, too large, or encoded.
         """
         if self._closed:
             raise KMSUnavailable("this key manager is closed", kms=self.url, hint="Make a new client.")
@@ -258,7 +259,7 @@ class HTTPSClient:
         return KMSProtocolError(message, kms=self.url, status=response.status_code)
 
     def _explain(self, error: Exception) -> KMSError:
-        """The `KMSError` for an error of requests, urllib3, http.client, ssl or the socket."""
+        """Return the `KMSError` for an error of requests, urllib3, http.client, ssl or the socket."""
         causes = list(_causes(error))
 
         def caused_by(*kinds: type[BaseException]) -> Any:
@@ -310,7 +311,7 @@ class HTTPSClient:
 
 
 def _read(response: requests.Response, max_size: int) -> bytearray | None:
-    """The body; None if it is too large. Raises nothing itself, for a traceback would lead to what was read."""
+    """Return the body, or None if it is too large; raise nothing: a traceback would lead to the data read."""
     received = bytearray()
     complete = False
     try:
@@ -326,7 +327,7 @@ def _read(response: requests.Response, max_size: int) -> bytearray | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that led to it; requests and urllib3 keep some causes in `args` only."""
+    """Yield `error` and all that led to it; requests and urllib3 keep some causes in `args` only."""
     pending: list[object] = [error]
     seen: set[int] = set()
     while pending:
@@ -366,7 +367,7 @@ def _check_context(context: ssl.SSLContext, *instead: object) -> None:
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads from a socket until a deadline, which is the socket's timeout from now on."""
+    """A reader of a socket until a deadline, which is the socket's timeout from now on."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -397,7 +398,7 @@ class _Response(http.client.HTTPResponse):
 
 @dataclass(frozen=True, kw_only=True)
 class _Link:
-    """Where a KME is and how it is reached."""
+    """The address of a KME and the way to it."""
 
     url: str
     host: str
@@ -410,7 +411,7 @@ class _Link:
     quirks: set[str] = field(repr=False)
 
     def protect(self, sock: socket.socket) -> ssl.SSLSocket:
-        """TLS on a connected socket; whether the KME is inside the secure site is known before anything is asked."""
+        """Start TLS on a connected socket; check it against the secure site before anything is asked."""
         inside = self.site.contains_peer(sock)
         if not inside and not self.site.ml_kem_outside:
             raise self.site.refusal(sock, "keys are fetched inside only", kms=self.url)
@@ -463,18 +464,18 @@ class _Pool(urllib3.HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """Sends everything to one KME."""
+    """A transport adapter that sends everything to one KME."""
 
     def __init__(self, link: _Link) -> None:
         super().__init__(max_retries=0)
         self._pool = _Pool(link.host, link.port, maxsize=1, link=link)
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPSConnectionPool:
-        """The only pool; all about TLS is in its link."""
+        """Return the only pool; all about TLS is in its link."""
         return self._pool
 
     def cert_verify(self, *args: Any) -> None:
-        """Nothing: `requests` would load its own CA certificates."""
+        """Do nothing: `requests` would load its own CA certificates."""
 
     def close(self) -> None:
         super().close()

@@ -1,7 +1,7 @@
 """A QKD key: an ID and a secret that can be used once.
 
-What wiping can and cannot do in Python: the secret lives in one `bytearray`, overwritten with zeros after
-its single use. Copies made outside this class are beyond it: the `bytes` a caller passed in or made from the
+Limits of wiping in Python: the secret lives in one `bytearray`, which is overwritten with zeros after its
+single use. Copies made outside this class are not wiped: the `bytes` a caller passed in or made from the
 secret, buffers of the TLS and JSON libraries, memory swapped to disk.
 """
 
@@ -22,7 +22,7 @@ class QKDKey:
     Args:
         key_id: the ID both sides know the key by; public.
         secret: the key, at least one byte; copied. Wiping the caller's copy is up to the caller.
-        kms: name or URL of the KME that delivered the key, for people.
+        kms: name or URL of the KME that delivered the key, for display.
 
     Raises:
         ValueError: the ID or the secret is empty.
@@ -65,12 +65,12 @@ class QKDKey:
 
     @property
     def used(self) -> bool:
-        """Whether the secret was taken for use, or wiped."""
+        """True once the secret was taken for use, or wiped."""
         return not self._unused
 
     @contextmanager
     def use(self) -> Iterator[bytearray]:
-        """The secret, for the length of a `with` block, once; wiped on leaving the block.
+        """Lend the secret for the length of a `with` block, once; wipe it on leaving the block.
 
         Raises:
             KeyAlreadyUsed: on entering the block, if the key was used or wiped before, by any thread.
@@ -95,12 +95,12 @@ class QKDKey:
         _zero(secret)
 
     def __del__(self) -> None:
-        """Wipe a key that nobody used."""
+        """Wipe a key that was not used."""
         if self._unused:
             self.wipe()
 
     def __repr__(self) -> str:
-        """The ID and the size, never the secret."""
+        """Show the ID and the size, never the secret."""
         return f"<QKDKey id={shown(self._key_id)} {self._size} bits {'used' if self.used else 'unused'}>"
 
     def __reduce__(self) -> NoReturn:
@@ -109,7 +109,7 @@ class QKDKey:
 
 
 def wipe_keys(keys: Iterable[QKDKey]) -> None:
-    """Wipe keys that nobody will use."""
+    """Wipe keys that will not be used."""
     for key in keys:
         key.wipe()
 

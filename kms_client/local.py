@@ -1,6 +1,6 @@
 """A KMS in the same process, for a program in the same physical unit as its QKD device.
 
-No interface is crossed, so nothing can be intercepted between the device's driver and the program: the driver
+Keys cross no interface that could be intercepted between the device's driver and the program: the driver
 calls `LocalKeyManager.add`.
 """
 
@@ -38,9 +38,9 @@ class LocalKeyManager:
     Args:
         sae_id: this program's SAE ID.
         peers: SAE IDs with which keys are shared; `add` adds to them.
-        name: for people.
+        name: for display.
         max_key_count: keys kept for each peer and direction; beyond it the oldest are dropped and wiped, so
-            that keys which a peer asked for and never used cannot fill the memory.
+            that keys that a peer requested and never used cannot fill the memory.
 
     Attributes:
         delivered: number of keys handed out.
@@ -80,13 +80,13 @@ class LocalKeyManager:
         source: Callable[[int], bytes | bytearray] = os.urandom,
         key_size: int = 256,
     ) -> tuple[LocalKeyManager, LocalKeyManager]:
-        """Two managers at the ends of a link that makes keys when they are asked for; to try things out.
+        """Make two managers at the ends of a link that makes keys on demand; for experiments.
 
         Args:
             sae_a: SAE ID of the first manager.
             sae_b: SAE ID of the second.
             source: gives that many random bytes.
-            key_size: in bits, where `get_keys` is called with size None.
+            key_size: in bits, if `get_keys` is called with size None.
         """
         check_number_and_size(1, key_size)
         a = cls(sae_a, peers=[sae_b], name=f"local {sae_a}")
@@ -110,9 +110,9 @@ class LocalKeyManager:
             peer_sae_id: SAE ID at the other end.
             key_id: unique among the keys shared with that peer.
             secret: copied; the caller wipes its own.
-            master_sae_id: which of the two SAEs may give this key out by `get_keys`; the other gets it by ID
-                only. With None either may: where both ends start connections, they can then pick the same key
-                at the same time, and one of them is refused with `UnknownKey`.
+            master_sae_id: the one of the two SAEs that may give this key out by `get_keys`; the other gets it
+                by ID only. With None either may: if both ends start connections, they can then pick the same
+                key at the same time, and one of them is refused with `UnknownKey`.
 
         Raises:
             ValueError: the ID is stored already, or `master_sae_id` is neither end.
@@ -132,7 +132,7 @@ class LocalKeyManager:
                 self._store(pool, pool.as_slave, key)
 
     def status(self, peer_sae_id: str) -> KMSStatus:
-        """State of the keys shared with `peer_sae_id`; sizes in bits.
+        """Return the state of the keys shared with `peer_sae_id`; sizes in bits.
 
         Raises:
             UnknownSAE: no key was ever added for that peer.
@@ -156,7 +156,7 @@ class LocalKeyManager:
         )
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
-        """The `number` oldest keys of `size` bits (of any size with None) shared with `peer_sae_id`.
+        """Return the `number` oldest keys of `size` bits (of any size with None) shared with `peer_sae_id`.
 
         Raises:
             NoKeysLeft: there are fewer; none is taken.
@@ -184,7 +184,7 @@ class LocalKeyManager:
             return self._deliver(pool, found)
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """The keys with these IDs, compared exactly, in the order asked.
+        """Return the keys with these IDs, compared exactly, in the order asked.
 
         Raises:
             UnknownKey: one or more are not here (any more); none is taken.
@@ -238,7 +238,7 @@ class LocalKeyManager:
 def _maker(
     master: LocalKeyManager, slave: LocalKeyManager, source: Callable[[int], bytes | bytearray]
 ) -> Callable[[int, int], None]:
-    """A function that stores new keys at the slave first, so that a delivered key is always known there."""
+    """Return a function that stores new keys at the slave first, so that it knows every delivered key."""
 
     def make(number: int, size: int) -> None:
         for _ in range(number):

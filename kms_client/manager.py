@@ -1,4 +1,4 @@
-"""What every key management system offers, whatever it speaks: the `KeyManager` protocol."""
+"""The `KeyManager` protocol: one interface for key management systems of every protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["KMSStatus", "KeyManager"]
 
 @dataclass(frozen=True)
 class KMSStatus:
-    """What a KMS says about the keys shared with one peer (ETSI GS QKD 014 V1.1.1, clause 6.1).
+    """A KMS's report about the keys shared with one peer (ETSI GS QKD 014 V1.1.1, clause 6.1).
 
     Sizes are in bits.
     """
@@ -37,7 +37,7 @@ class KeyManager(Protocol):
     """One SAE's access to its KMS. Every method may be called from any thread.
 
     The master SAE calls `get_keys` and tells the slave SAE the key IDs; the slave calls `get_keys_by_id`.
-    Every method but `close` raises a `KMSError`; which one tells what to do.
+    Every method except `close` raises a `KMSError` on failure; its class says what to do.
     """
 
     @property
@@ -47,7 +47,7 @@ class KeyManager(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the KME for people: its URL."""
+        """Display name of the KME: its URL."""
         ...
 
     @property
@@ -56,11 +56,11 @@ class KeyManager(Protocol):
         ...
 
     def status(self, peer_sae_id: str) -> KMSStatus:
-        """State of the keys shared with `peer_sae_id`."""
+        """Return the state of the keys shared with `peer_sae_id`."""
         ...
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
-        """New keys shared with `peer_sae_id`, as their master.
+        """Return new keys shared with `peer_sae_id`, as their master.
 
         Args:
             peer_sae_id: SAE ID of the slave.
@@ -75,7 +75,7 @@ class KeyManager(Protocol):
         ...
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """The keys with these IDs, as their slave.
+        """Return the keys with these IDs, as their slave.
 
         Args:
             peer_sae_id: SAE ID of the master, which told the IDs.
@@ -89,12 +89,12 @@ class KeyManager(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up connections and wipe what is held. Closing twice does nothing."""
+        """Close connections and wipe the keys held. Closing twice has no effect."""
         ...
 
 
 def check_number_and_size(number: int, size: int | None) -> None:
-    """Refuse what no KMS can answer.
+    """Refuse a request that no KMS can answer.
 
     Raises:
         ValueError: `number` is below 1, or `size` is not a positive multiple of 8 bits.
@@ -106,11 +106,11 @@ def check_number_and_size(number: int, size: int | None) -> None:
 
 
 def check_key_ids(key_ids: Sequence[str]) -> None:
-    """Refuse what no KMS can answer.
+    """Refuse a request that no KMS can answer.
 
     Raises:
         ValueError: no ID, an empty one, or the same one twice.
-        TypeError: one string where a sequence of strings is needed.
+        TypeError: one string was given instead of a sequence of strings.
     """
     if isinstance(key_ids, str):
         raise TypeError("key_ids must be a sequence of key IDs, not one string")

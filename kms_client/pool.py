@@ -1,7 +1,7 @@
 """Keys fetched ahead: a `KeyManager` around a `KeyManager`, so that callers need not wait for the KME.
 
-What happens to one peer's keys is decided in `stock`, when a KME that failed is asked again in `breaker`. Here are the
-lock, the thread and the requests.
+`pool_stock` decides about one peer's keys, `breaker` when a KME that failed is asked again. This module has
+the lock, the thread and the requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_REMEMBERED = 10_000  # IDs of fetched keys, to notice one that comes a seco
 
 @dataclass(frozen=True)
 class PoolStatistics:
-    """What a `KeyPool` holds and has done, for metrics; no secrets."""
+    """The contents and the counters of a `KeyPool`, for metrics; no secrets."""
 
     pooled: int
     """Keys held now."""
@@ -47,7 +47,7 @@ class PoolStatistics:
     expired: int
     """Keys wiped unused: they were too old, or their caller had gone."""
     possibly_lost: int
-    """Keys asked for in requests that failed without it being known how far the KME came."""
+    """Keys requested in requests that failed, of which the KME may have delivered some."""
     requests: int
     """Requests for keys sent to the KME."""
     failures: int
@@ -60,14 +60,15 @@ class KeyPool:
     """A `KeyManager` that keeps keys of another one ready, for each peer that is asked for.
 
     Args:
-        manager: where keys come from; closed with the pool.
+        manager: the source of the keys; closed with the pool.
         size: of the pooled keys in bits. Keys of another size are asked for directly.
         low_water: keys of a peer below which more are fetched.
         high_water: keys of a peer that are fetched up to, in requests of at most the KME's `max_key_per_request`.
         max_age: seconds that a key is kept. Then it is lost: never handed out, and wiped as soon as no request is under
             way.
         timeout: seconds that a caller waits for keys at most.
-        idle_after: seconds after which no keys are fetched ahead any more for a peer that nobody asks for.
+        idle_after: seconds after which no keys are fetched ahead any more for a peer whose keys are not
+            requested.
         peers: SAE IDs to fetch ahead for from the start, and always. Others are added when they are asked for.
         min_backoff: seconds before a KME that has failed is asked again; doubled with each failure.
         max_backoff: seconds, at most.
@@ -77,10 +78,11 @@ class KeyPool:
     Raises:
         ValueError: an argument is impossible.
 
-    One thread fetches for all peers, one request at a time: peers in turn, those with waiting callers first. Callers
-    of one peer get keys in the order they came. Where the KME has none (`NoKeysLeft`) or fails, they wait; the KME is
-    asked again after a growing pause. A caller whose deadline comes before that gets the error at once. Errors that
-    time does not heal (authentication, refused requests, answers that are none) go to the callers at once, too.
+    One thread fetches for all peers, one request at a time: peers in turn, those with waiting callers first.
+    Callers of one peer get keys in the order they came. If the KME has none (`NoKeysLeft`) or fails, they
+    wait; the KME is asked again after a growing pause. A caller whose deadline comes before that gets the
+    error at once. Errors that time does not heal (authentication, refused requests, invalid answers) go to
+    the callers at once, too.
 
     A failure without an answer (refused, lost, timed out) counts against the KME and holds up all peers; one that the
     KME has answered counts against the peer it was about. After a failure the KME is first asked for its status, which
@@ -140,7 +142,7 @@ class KeyPool:
             self._add(peer, always=True)
 
     def forget(self) -> None:
-        """Called in a forked child: its parent goes on with the keys."""
+        """Start afresh in a forked child: its parent goes on with the keys."""
         closed = self._closed
         for stock in self._stocks.values():
             stock.wipe()
@@ -149,25 +151,25 @@ class KeyPool:
 
     @property
     def protocol(self) -> str:
-        """That of the manager."""
+        """The manager's protocol."""
         return self._manager.protocol
 
     @property
     def name(self) -> str:
-        """That of the manager."""
+        """The manager's name."""
         return self._manager.name
 
     @property
     def sae_id(self) -> str:
-        """That of the manager."""
+        """The manager's SAE ID."""
         return self._manager.sae_id
 
     def status(self, peer_sae_id: str) -> KMSStatus:
-        """That of the manager, asked for now; pooled keys do not count in it."""
+        """Return the manager's status, requested now; pooled keys are not counted in it."""
         return self._manager.status(peer_sae_id)
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
-        """`number` keys shared with `peer_sae_id`, as their master: at once where there are enough.
+        """Return `number` keys shared with `peer_sae_id`, as their master: at once if there are enough.
 
         Args:
             peer_sae_id: SAE ID of the slave.
@@ -176,8 +178,8 @@ class KeyPool:
                 directly.
 
         Raises:
-            NoKeysLeft, KMSTimeout, KMSUnavailable: no keys by the deadline; the text says how long was waited, and the
-                last failure of the KME.
+            NoKeysLeft, KMSTimeout, KMSUnavailable: no keys by the deadline; the text has the time waited and
+                the last failure of the KME.
             KMSAuthenticationError, KMSRequestError, UnknownSAE, KMSProtocolError: as the KME answered the pool.
             KMSUnavailable: the pool is closed.
             ValueError: `number` or `size` is impossible.
@@ -201,12 +203,12 @@ class KeyPool:
         return self._wait(peer_sae_id, stock, order)
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """As the manager answers: which keys a peer has chosen cannot be known ahead."""
+        """Return the manager's answer: the keys that a peer has chosen cannot be known ahead."""
         return self._manager.get_keys_by_id(peer_sae_id, key_ids)
 
     @property
     def statistics(self) -> PoolStatistics:
-        """What the pool holds now, and has done so far in this process."""
+        """The contents of the pool now, and its counters so far in this process."""
         with self._lock:
             return PoolStatistics(
                 pooled=sum(map(len, self._stocks.values())),
@@ -224,7 +226,7 @@ class KeyPool:
     def close(self) -> None:
         """Wipe every key, turn callers away, end the thread, close the manager.
 
-        Waits for a request under way, ten seconds at most; its keys are wiped when they come.
+        Wait for a request under way, ten seconds at most; its keys are wiped when they come.
         """
         with self._lock:
             self._closed = True
@@ -239,7 +241,7 @@ class KeyPool:
         self._manager.close()
 
     def __repr__(self) -> str:
-        """The KME and the number of keys."""
+        """Show the KME and the number of keys."""
         return f"<KeyPool {self.name} {sum(map(len, self._stocks.values()))} keys>"
 
     # --- callers; except in _wait, the lock is held
@@ -287,7 +289,7 @@ class KeyPool:
         return outcome
 
     def _reason(self, stock: Stock) -> KMSError | None:
-        """Why there are no keys: the last failure that stands."""
+        """Return the reason why there are no keys: the last failure that stands."""
         for error in (self._error, stock.error):
             if error is not None and not is_permanent(error):
                 return error
@@ -306,14 +308,14 @@ class KeyPool:
         return self._wanted(stock, now) > 0 and self._next_request(stock) <= now
 
     def _work(self) -> None:
-        """Have the thread look what is to be done."""
+        """Have the thread look for work."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="kms_client key pool", daemon=True)
             self._thread.start()
         self._news.notify()
 
     def _turn(self, now: float) -> str | None:
-        """Whose turn it is: of those that keys are due for, the peer that has not had a turn for the longest time."""
+        """Return the next peer: of those that keys are due for, the one whose last turn is longest ago."""
         turn = None
         for peer, stock in self._stocks.items():
             if self._due(stock, now):
@@ -323,7 +325,7 @@ class KeyPool:
         return turn
 
     def _pause(self, now: float) -> float | None:
-        """Seconds until there may be something to do."""
+        """Return the seconds until there may be something to do."""
         times = []
         for stock in self._stocks.values():
             if stock.expires_at is not None:
@@ -357,7 +359,7 @@ class KeyPool:
                     self._news.wait(self._backoff[0])
 
     def _wait_for_work(self) -> tuple[str, Stock] | None:
-        """The peer whose turn it is, and what is kept for it; None when the pool is closed."""
+        """Wait for the next peer; return it with its stock, or None once the pool is closed."""
         with self._lock:
             while not self._closed:
                 now = self._clock()
@@ -373,7 +375,7 @@ class KeyPool:
         return None
 
     def _fetch(self, peer: str, stock: Stock) -> None:
-        """Ask the KME for keys of one peer, first for its status where that is needed."""
+        """Ask the KME for keys of one peer, first for its status if that is needed."""
         asked = 0
         try:
             stored = None
@@ -396,7 +398,7 @@ class KeyPool:
             self._received(peer, stock, keys, number == wanted, stored is not None and number >= stored)
 
     def _limits(self, peer: str) -> tuple[int, int | None]:
-        """Keys that the KME gives at once, and how many it has; from a KME whose status is none, one at a time."""
+        """Return the number of keys that the KME gives at once and has; 1, None for an invalid status."""
         try:
             status = self._manager.status(peer)
         except KMSProtocolError:

@@ -1,4 +1,4 @@
-"""What a `KeyPool` keeps for one peer: keys fetched ahead, and the callers who wait for some.
+"""The state that a `KeyPool` keeps for one peer: keys fetched ahead, and the callers who wait for some.
 
 Pure: no lock, no thread, no KMS; time comes in as an argument, in seconds of a monotonic clock.
 """
@@ -19,13 +19,13 @@ __all__ = ["KeyCounts", "Marks", "Order", "Stock", "is_permanent"]
 
 
 def is_permanent(error: KMSError) -> bool:
-    """Whether waiting is no remedy: somebody has to put something right."""
+    """Return True if waiting does not help: a person has to correct something."""
     return not isinstance(error, KMSUnavailable)
 
 
 @dataclass(frozen=True)
 class Marks:
-    """How many keys are kept for a peer, and for how long."""
+    """The number of keys kept for a peer, and for how long."""
 
     low: int  # fewer than these: fetch
     high: int  # up to these
@@ -54,7 +54,7 @@ class Order:
 
     @property
     def outcome(self) -> list[QKDKey] | KMSError | None:
-        """The keys, or why there are none; None as long as that is open."""
+        """The keys, or the error that explains their absence; None while that is open."""
         return self._outcome
 
     def settle(self, outcome: list[QKDKey] | KMSError) -> None:
@@ -63,11 +63,11 @@ class Order:
         self._settled.set()
 
     def wait(self, seconds: float) -> None:
-        """Return when it is settled, or after these seconds."""
+        """Return when the order is settled, or after this many seconds."""
         self._settled.wait(seconds)
 
     def too_late(self, now: float, reason: KMSError | None, peer: str, kms: str) -> KMSError:
-        """What its deadline makes of it: an error of the kind of `reason`, the last failure if there was one."""
+        """Return the error of a missed deadline, of the kind of `reason` (the last failure, if any)."""
         keys = f"{self.number} key" + "s" * (self.number > 1)
         if now >= self.deadline:
             what = f"waited {now - self.placed:.3g} seconds for {keys}"
@@ -105,12 +105,13 @@ class Stock:
         breaker: for failures that concern this peer alone.
         now: the time.
         tally: to count in.
-        always: fetch ahead also where nobody has asked for `marks.idle_after` seconds.
+        always: fetch ahead even if no key was requested for `marks.idle_after` seconds.
 
     Attributes:
         orders: of callers who wait.
         error: the last failure that concerned this peer alone; None after a success.
-        max_request: keys that the KME gives at once, as its status said; None where it is to be asked.
+        max_request: keys that the KME gives at once, as its status said; None if the status has to be
+            requested.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Stock:
         return len(self._keys)
 
     def take(self, number: int, now: float) -> list[QKDKey] | None:
-        """`number` keys for a caller who comes now; None where it has to wait."""
+        """Return `number` keys for a caller who comes now; None if it has to wait."""
         self._asked_at = now
         self.expire(now)
         if self.orders or len(self._keys) < number:
@@ -149,7 +150,7 @@ class Stock:
         return self._pop(number)
 
     def withdraw(self, order: Order, now: float) -> None:
-        """The caller is gone. Keys that it got are wiped: whether it has seen them is unknown."""
+        """Drop the order of a caller that is gone; wipe keys it got, as it may or may not have seen them."""
         if isinstance(order.outcome, list):
             wipe_keys(order.outcome)
             self._tally.delivered -= order.number
@@ -159,22 +160,22 @@ class Stock:
             self._serve(now)  # those behind it may need fewer keys
 
     def expire(self, now: float) -> None:
-        """Wipe what is too old."""
+        """Wipe the keys that are too old."""
         while self._keys and self._keys[0][0] <= now:
             self._keys.popleft()[1].wipe()
             self._tally.expired += 1
 
     @property
     def expires_at(self) -> float | None:
-        """When the oldest key is too old."""
+        """Time at which the oldest key is too old."""
         return self._keys[0][0] if self._keys else None
 
     def awake(self, now: float) -> bool:
-        """Whether keys are fetched ahead."""
+        """Return True if keys are fetched ahead."""
         return self._always or now - self._asked_at < self._marks.idle_after
 
     def wanted(self, now: float, *, ahead: bool) -> int:
-        """How many keys are to be fetched: for the orders, and `ahead` of more up to the high mark."""
+        """Return the number of keys to fetch: for the orders, and if `ahead` more up to the high mark."""
         number = sum(order.number for order in self.orders) - len(self._keys)
         if -number < self._marks.low:
             self._filling = True
@@ -186,20 +187,20 @@ class Stock:
 
     @property
     def asks_status(self) -> bool:
-        """Whether the KME's status is to be asked for before keys are."""
+        """True if the KME's status is to be requested before keys are."""
         return self.max_request is None or self._scarce
 
     def request(self, wanted: int, stored: int | None, *, probe: bool) -> int:
-        """How many keys to ask the KME for at once.
+        """Return the number of keys to ask the KME for at once.
 
         Args:
-            wanted: how many are to be fetched.
-            stored: how many the KME says it has; None where it was not asked.
-            probe: whether the KME failed the last time.
+            wanted: number of keys to be fetched.
+            stored: number of keys that the KME reports; None if it was not asked.
+            probe: True if the KME failed the last time.
 
-        A KME that has just had too few is not asked for more than it says it has. One whose word did not hold, or that
-        says it has none, is asked for a single key, and so is one that failed: whatever it takes out of its store while
-        it fails is lost.
+        A KME that has just had too few keys is not asked for more than it reports. A KME whose report was
+        wrong, that reports no keys, or that failed the last time is asked for a single key: keys that it
+        takes out of its store while it fails are lost.
         """
         number = min(wanted, self.max_request or 1)
         if self._scarce and stored is not None:
@@ -209,7 +210,7 @@ class Stock:
         return number
 
     def receive(self, keys: Collection[QKDKey], now: float, *, enough: bool, drained: bool) -> None:
-        """Take in what the KME has delivered: all that was wanted (`enough`), or all that the KME had (`drained`)."""
+        """Take in keys that the KME delivered: all that were wanted (`enough`), or all it had (`drained`)."""
         self.breaker.succeeded()
         if self._scarce and drained and not enough:
             self.breaker.failed(now)  # no need to ask at once
@@ -222,7 +223,7 @@ class Stock:
         self._serve(now)
 
     def failed(self, error: KMSError, now: float) -> None:
-        """A request failed for a reason that concerns this peer alone."""
+        """Note a failed request whose reason concerns this peer alone."""
         self.breaker.failed(now)
         self.error = error
         self.max_request = None
@@ -237,7 +238,7 @@ class Stock:
             self.orders.popleft().settle(copy.copy(error))
 
     def refuse_hopeless(self, next_request: float, now: float, reason: KMSError | None) -> None:
-        """Give those callers an error at once whose deadline comes before the KME is asked again."""
+        """Give an error at once to the callers whose deadline comes before the KME is asked again."""
         hopeless = [order for order in self.orders if order.deadline < next_request]
         for order in hopeless:
             self.orders.remove(order)

@@ -1,7 +1,8 @@
 """The secure site: the addresses that keys may be fetched from.
 
-ETSI GS QKD 014 is meant for use inside one secure site, for keys cross it under ordinary TLS. What the site is, only
-the operator knows. This module compares it with the address that a connection really goes to.
+ETSI GS QKD 014 is meant for use inside one secure site, because keys cross it under ordinary TLS. Only the
+operator knows the extent of the site. This module compares it with the address that a connection really goes
+to.
 """
 
 from __future__ import annotations
@@ -28,24 +29,25 @@ class TellsGroup(Protocol):
 
     @property
     def qkd(self) -> Any:
-        """What protects the connection; has an attribute `group`."""
+        """The connection's protection; has an attribute `group`."""
         ...
 
 
 class SecureSite:
-    """Where a KME may be.
+    """The addresses at which a KME may be.
 
     Args:
-        allowed: networks inside the site, beside this host: `10.1.0.0/16`, `2001:db8:1::/48`, or single addresses.
-            Host names are refused: whoever answers DNS queries would decide what the site is.
-        this_host: whether loopback, this host's own addresses and Unix sockets are inside. False where a program on
-            this host (stunnel, `ssh -L`, a container's port forwarding) passes such connections on to another host.
-        ml_kem_outside: whether a KME outside may be used where the link to it is itself protected by ML-KEM. Needs
-            `ssl_context=` with a context whose sockets are `TellsGroup`. False: never.
+        allowed: networks inside the site, beside this host: `10.1.0.0/16`, `2001:db8:1::/48`, or single
+            addresses. Host names are refused: a DNS server would decide what belongs to the site.
+        this_host: True if loopback, this host's own addresses and Unix sockets are inside. Set False if a
+            program on this host (stunnel, `ssh -L`, a container's port forwarding) passes such connections on
+            to another host.
+        ml_kem_outside: True if a KME outside may be used when the link to it is itself protected by ML-KEM.
+            Needs `ssl_context=` with a context whose sockets are `TellsGroup`. False: never.
 
     Raises:
         ValueError: an entry is not a network, or has bits set beyond its prefix.
-        TypeError: one string where a sequence of strings is needed.
+        TypeError: one string was given instead of a sequence of strings.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class SecureSite:
         self.ml_kem_outside = ml_kem_outside
 
     def contains(self, address: str, own_address: str = "") -> bool:
-        """Whether an IP address is inside; `own_address` is this end of the connection to it.
+        """Return True if an IP address is inside; `own_address` is this end of the connection to it.
 
         A connection to one of this host's own addresses has the same address at both ends.
         """
@@ -69,7 +71,7 @@ class SecureSite:
         return any(there.version == network.version and there in network for network in self._allowed)
 
     def contains_peer(self, sock: socket.socket) -> bool:
-        """Whether the other end of a connected socket is inside.
+        """Return True if the other end of a connected socket is inside.
 
         Raises:
             OSError: the socket is not connected (any more).
@@ -79,7 +81,7 @@ class SecureSite:
         return self.contains(sock.getpeername()[0], sock.getsockname()[0])
 
     def refusal(self, sock: socket.socket, reason: str, *, kms: str) -> KMSOutsideSecureSite:
-        """The error for a connection to an address outside: which one, why, and what to do."""
+        """Return the error for a connection to an address outside: the address, the reason and the remedy."""
         if sock.family == socket.AF_UNIX:
             where = "a Unix socket"
             hint = "Make the site with this_host=True if a KME on this host listens there."
@@ -96,13 +98,13 @@ class SecureSite:
         )
 
     def __repr__(self) -> str:
-        """The networks and the switches."""
+        """Show the networks and the switches."""
         networks = [str(network) for network in self._allowed]
         return f"SecureSite({networks}, this_host={self._this_host}, ml_kem_outside={self.ml_kem_outside})"
 
 
 def has_ml_kem(sock: object) -> bool:
-    """Whether a TLS socket says that ML-KEM is in its key exchange. One that cannot say so has none."""
+    """Return True if a TLS socket reports ML-KEM in its key exchange; False if it cannot report it."""
     group = getattr(sock.qkd, "group", None) if isinstance(sock, TellsGroup) else None
     return isinstance(group, str) and "MLKEM" in group.upper()
 
@@ -117,6 +119,6 @@ def _network(text: str) -> _Network:
 
 
 def _address(text: str) -> _Address:
-    """An address without its interface; IPv4 within IPv6 as IPv4."""
+    """Return an address without its interface; IPv4 within IPv6 as IPv4."""
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address

@@ -49,13 +49,13 @@ class SkipClient:
         url: the provider's URL: `https://host[:port]`, port 443 by default.
         sae_id: the provider's `localSystemID`, which peers know this end by.
         cert: path of this program's certificate chain, PEM.
-        key: path of its private key, PEM; may be left out where it is in the same file.
+        key: path of its private key, PEM; may be left out if it is in the same file.
         ca: path of the CA certificates for the provider's certificate, PEM. The host name is checked.
         pkcs12: as of `Etsi014Client`; so are `key_password`, `ssl_context`, `server_hostname`, `unix_socket`, `site`,
             `headers` and the timeouts.
-        psk_context: instead of certificates, what makes TLS connections from a pre-shared key that the provider knows
-            too, such as a `qkd_tls.psk_context.PSKContext`.
-        size: of a key in bits where `get_keys` is not told; None for the provider's own.
+        psk_context: instead of certificates, a maker of TLS connections from a pre-shared key that the
+            provider knows too, such as a `qkd_tls.psk_context.PSKContext`.
+        size: of a key in bits if `get_keys` is not told; None for the provider's own.
 
     Attributes:
         quirks: names of the deviations from the draft met so far.
@@ -64,12 +64,12 @@ class SkipClient:
         ValueError: the URL, an ID, the size or a header field is impossible; certificates are missing or given twice.
         KMSAuthenticationError: the certificates cannot be loaded.
 
-    SKIP gives one key a request. So a call for several keys makes several requests; where one of them fails, the keys
-    that came before are wiped and lost.
+    SKIP gives one key per request. So a call for several keys makes several requests; if one of them fails,
+    the keys that came before are wiped and lost.
 
     Before the first key the provider is asked for its capabilities, once, to see that it calls this end `sae_id`.
 
-    No key request is ever sent twice. The last 10,000 keys that came are remembered by their IDs: where the
+    No key request is ever sent twice. The last 10,000 keys that came are remembered by their IDs: if the
     provider delivers one again, it is wiped and the call raises.
 
     Every method may be called from any thread.
@@ -127,7 +127,7 @@ class SkipClient:
         self._known: SkipCapabilities | None = None
 
     def capabilities(self) -> SkipCapabilities:
-        """What the provider offers, and to which systems; asked for now.
+        """Ask now for the provider's capabilities: its offer, and the systems it serves.
 
         Raises:
             KMSAuthenticationError: a certificate or the PSK was refused; or the provider calls this end by another ID.
@@ -136,11 +136,11 @@ class SkipClient:
         return self._ask_capabilities(None)
 
     def status(self, peer_sae_id: str) -> KMSStatus:
-        """State of the keys shared with `peer_sae_id`, as far as SKIP tells; sizes in bits.
+        """Return the state of the keys shared with `peer_sae_id`, as far as SKIP tells; sizes in bits.
 
-        SKIP tells neither numbers nor sizes. 65,536 stands for the keys that a provider has and can store, where it
-        gives keys at all, and for the largest size. `status_extension` has what SKIP tells: `entropy`, `key`,
-        `algorithm`.
+        SKIP tells neither numbers nor sizes. 65,536 stands for the keys that a provider has and can store, if
+        it gives keys at all, and for the largest size. `status_extension` has the members that SKIP tells:
+        `entropy`, `key`, `algorithm`.
 
         Raises:
             UnknownSAE: the provider shares no keys with that system.
@@ -167,12 +167,12 @@ class SkipClient:
         )
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = None) -> list[QKDKey]:
-        """Exactly `number` new keys shared with the responder `peer_sae_id`, as their initiator; a request for each.
+        """Return `number` new keys shared with responder `peer_sae_id`, as initiator; one request for each.
 
         Args:
             peer_sae_id: the provider's `remoteSystemID` of the peer.
             number: how many, 1 or more.
-            size: of each key in bits, a multiple of 8; None for the size this client was made with.
+            size: of each key in bits, a multiple of 8; None for this client's own size.
 
         Raises:
             NoKeysLeft: the provider has no key now (status 503).
@@ -181,8 +181,8 @@ class SkipClient:
             KMSAuthenticationError, KMSRequestError, UnknownSAE: the provider refused.
             ValueError: `number` or `size` is impossible.
 
-        Where an error has `keys_may_be_lost`, keys that came before were wiped, or the provider may have taken one.
-        Not idempotent: a repeated call gives other keys.
+        If an error has `keys_may_be_lost`, keys that came before were wiped, or the provider may have taken
+        one. Not idempotent: a repeated call gives other keys.
         """
         size = self._size if size is None else size
         check_number_and_size(number, size)
@@ -193,7 +193,7 @@ class SkipClient:
         return self._one_by_one(self._new_key(peer_sae_id, path, size) for _ in range(number))
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """The keys that the initiator `peer_sae_id` has told the IDs of, as their responder; a request for each.
+        """Return the keys whose IDs the initiator `peer_sae_id` told, as responder; one request per key.
 
         Args:
             peer_sae_id: the provider's `remoteSystemID` of the initiator.
@@ -209,8 +209,8 @@ class SkipClient:
             KMSAuthenticationError, KMSRequestError, UnknownSAE: the provider refused.
             ValueError: no ID, an empty one, or the same one twice.
 
-        Where an error has `keys_may_be_lost`, keys that came before were wiped, or the provider may have delivered one.
-        Not idempotent: a repeated call is refused, for a key is delivered once.
+        If an error has `keys_may_be_lost`, keys that came before were wiped, or the provider may have
+        delivered one. Not idempotent: a repeated call is refused, because a key is delivered once.
         """
         check_key_ids(key_ids)
         paths = [_key_path(key_id, peer_sae_id) for key_id in key_ids]
@@ -221,7 +221,7 @@ class SkipClient:
         )
 
     def entropy(self, bits: int = 256) -> bytearray:
-        """Random bytes of the provider with `bits` bits of entropy or more. Wipe them after use.
+        """Return random bytes of the provider with `bits` bits of entropy or more. Wipe them after use.
 
         Raises:
             KMSUnavailable: the provider has not enough (status 503), or cannot be reached.
@@ -248,7 +248,7 @@ class SkipClient:
         self._https.close()
 
     def __repr__(self) -> str:
-        """The provider and this system."""
+        """Show the provider and this system."""
         return f"<SkipClient {self.name} sae_id={self.sae_id}>"
 
     def _ask_capabilities(self, peer: str | None, key_ids: Sequence[str] = ()) -> SkipCapabilities:
@@ -310,7 +310,7 @@ class SkipClient:
         return key
 
     def _one_by_one(self, requests: Iterator[QKDKey]) -> list[QKDKey]:
-        """All keys, or none."""
+        """Return all keys, or none."""
         keys: list[QKDKey] = []
         try:
             # Not extend(): what came before an error would be gone.
@@ -346,7 +346,7 @@ class SkipClient:
         key_ids: Sequence[str] = (),
         max_size: int = _MAX_BODY,
     ) -> _T:
-        """What an answer with status 200 says; anything else raises."""
+        """Return the parsed answer with status 200; raise for any other."""
         takes_keys = call in (_NEW_KEY, _KEY_BY_ID)
         try:
             answer = self._https.request("GET", path, None, max_size)
@@ -368,7 +368,7 @@ class SkipClient:
         )
 
     def _refusal(self, call: str, answer: Answer, peer: str | None, key_ids: Sequence[str]) -> KMSError:
-        """The error for an HTTP status other than 200.
+        """Return the error for an HTTP status other than 200.
 
         The draft has 400, 404, 405, 500 and 503, and no body for them.
         """

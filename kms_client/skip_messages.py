@@ -24,36 +24,37 @@ _HEXADECIMAL = re.compile(r"(?:[0-9A-Fa-f]{2})+")
 
 @dataclass(frozen=True)
 class SkipCapabilities:
-    """What a key provider says of itself."""
+    """A key provider's report about itself."""
 
     entropy: bool
-    """Whether it gives random bits."""
+    """True if it gives random bits."""
     key: bool
-    """Whether it gives keys."""
+    """True if it gives keys."""
     algorithm: str
-    """How it shares keys with the provider at the other end."""
+    """Its algorithm for sharing keys with the provider at the other end."""
     local_system_id: str
-    """What it calls this end, and the peer has to name."""
+    """Its name for this end, which the peer has to use."""
     remote_system_ids: tuple[str, ...]
     """Systems at other ends that it shares keys with: IDs, or globs of IDs."""
 
     def shares_keys_with(self, system_id: str) -> bool:
-        """Whether an ID is one of `remote_system_ids`.
+        """Return True if an ID is one of `remote_system_ids`.
 
-        In a glob, `*` stands for any characters or none, `?` for one, `[list]` for one of a list, in which `a-z` is a
-        range, and `[!list]` for one that is not in it. Letter case counts; a slash is a character as any other.
+        In a glob, `*` stands for any characters or none, `?` for one, `[list]` for one of a list, in which
+        `a-z` is a range, and `[!list]` for one that is not in it. Letter case counts; a slash is a character
+        like any other.
         """
         return any(fnmatch.fnmatchcase(system_id, pattern) for pattern in self.remote_system_ids)
 
 
 def parse_capabilities(body: bytes | bytearray, *, quirks: set[str]) -> SkipCapabilities:
-    """The answer to GET /capabilities.
+    """Parse the answer to GET /capabilities.
 
     Accepted besides the draft's form: extra members; no `algorithm`, which becomes ""; one string for a list of one.
 
     Args:
         body: the answer, JSON.
-        quirks: gets the names of the deviations met.
+        quirks: receives the names of the deviations met.
 
     Raises:
         Malformed: a member is missing or of another kind.
@@ -79,14 +80,14 @@ def parse_capabilities(body: bytes | bytearray, *, quirks: set[str]) -> SkipCapa
 
 
 def parse_key(body: bytes | bytearray, *, kms: str, quirks: set[str]) -> QKDKey:
-    """The answer to GET /key and GET /key/{keyId}.
+    """Parse the answer to GET /key or GET /key/{keyId}.
 
     Accepted besides the draft's form: extra members; a `keyId` that is not hexadecimal.
 
     Args:
         body: the answer, JSON.
         kms: name of the key provider, for the key.
-        quirks: gets the names of the deviations met.
+        quirks: receives the names of the deviations met.
 
     Raises:
         Malformed: anything else.
@@ -105,7 +106,7 @@ def parse_key(body: bytes | bytearray, *, kms: str, quirks: set[str]) -> QKDKey:
 
 
 def parse_entropy(body: bytes | bytearray, *, quirks: set[str]) -> tuple[bytearray, int]:
-    """The answer to GET /entropy: random bytes, and how many bits of entropy they have at least.
+    """Parse the answer to GET /entropy: random bytes, and the number of bits of entropy they have at least.
 
     Raises:
         Malformed: a member is missing or of another kind.

@@ -1,4 +1,4 @@
-"""Examines a KME, or both KMEs of a link, by ETSI GS QKD 014 V1.1.1: the command `qkd-kme doctor`.
+"""The examination of a KME, or of both KMEs of a link, by ETSI GS QKD 014 V1.1.1: `qkd-kme doctor`.
 
 `checks` are the checks, over `side` (raw requests), `tls` (raw handshakes) and `answers` (judgement; pure).
 `examination` makes them all and puts a `Report` together, which `report_text` and `report_html` show.

@@ -1,4 +1,4 @@
-"""Reads a KME's answers and judges them by the standard; no I/O, and nothing in a result holds a key but `QKDKey`s."""
+"""The answers of a KME, read and judged by the standard; no I/O; no result holds a key except as `QKDKey`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SIZE_OF_QKD_TLS = 256  # bits
 
 
 class Outcome(NamedTuple):
-    """A finding before it is known of which check and side it is."""
+    """A finding without its check and its side."""
 
     verdict: Verdict
     text: str
@@ -57,22 +57,22 @@ class Outcome(NamedTuple):
 
 
 def passed(text: str) -> Outcome:
-    """As the standard says."""
+    """Return a PASS: as the standard says."""
     return Outcome(Verdict.PASS, text)
 
 
 def warned(text: str, advice: str) -> Outcome:
-    """Works, with a reservation."""
+    """Return a WARN: works, with a reservation."""
     return Outcome(Verdict.WARN, text, advice)
 
 
 def failed(text: str, advice: str = _VENDOR) -> Outcome:
-    """Against the standard, or does not work."""
+    """Return a FAIL: against the standard, or does not work."""
     return Outcome(Verdict.FAIL, text, advice)
 
 
 def skipped(text: str, advice: str = "") -> Outcome:
-    """Not examined."""
+    """Return a SKIP: not examined."""
     return Outcome(Verdict.SKIP, text, advice)
 
 
@@ -83,11 +83,11 @@ class Reply:
     Attributes:
         status: of HTTP.
         seconds: from the request to the whole answer.
-        message: the `message` of an error body, what might be a key left out; None where there is none.
-        document: of a status, what it says.
+        message: the `message` of an error body, without anything that might be a key; None if there is none.
+        document: the members of a status.
         keys: of a key container.
         deviations: from the standard, that a tolerant client gets over.
-        problem: why an answer with status 200 cannot be used; "" otherwise.
+        problem: the reason why an answer with status 200 cannot be used; "" otherwise.
     """
 
     status: int
@@ -100,7 +100,7 @@ class Reply:
 
 
 def read(call: str, answer: Answer, seconds: float, kms: str) -> Reply:
-    """The answer to a call ("status", "enc_keys", "dec_keys"); its body is wiped."""
+    """Read the answer to a call ("status", "enc_keys", "dec_keys"), and wipe its body."""
     deviations: set[str] = set()
     try:
         if answer.status != 200:
@@ -130,7 +130,7 @@ def _document(body: bytearray) -> dict[str, Any]:
 
 
 def judge_status_members(document: Mapping[str, Any]) -> Iterator[Outcome]:
-    """Whether all members of the status are there, and of the right type (clause 6.1)."""
+    """Check that all members of the status are there, and of the right type (clause 6.1)."""
     wrong = []
     for name in (*_STRINGS, *_INTEGERS):
         value = document.get(name)
@@ -157,7 +157,7 @@ def judge_status_members(document: Mapping[str, Any]) -> Iterator[Outcome]:
 
 
 def is_usable(document: Mapping[str, Any]) -> bool:
-    """Whether a client can use a status: its numbers are there."""
+    """Return True if a client can use a status: its numbers are there."""
     try:
         _parsed(document)
     except Malformed:
@@ -166,7 +166,7 @@ def is_usable(document: Mapping[str, Any]) -> bool:
 
 
 def judge_status_values(document: Mapping[str, Any], sae_id: str, peer_sae_id: str) -> Iterator[Outcome]:
-    """Whether a status is about these two SAEs, and its numbers go together (clause 6.1)."""
+    """Check that a status is about these two SAEs, and that its numbers go together (clause 6.1)."""
     try:
         status = _parsed(document)
     except Malformed as error:
@@ -215,7 +215,7 @@ def _odd_values(status: KMSStatus) -> Iterator[str]:
 
 
 def compare_status(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Outcome]:
-    """Whether the KMEs of a pair say that they belong together (clause 6.1)."""
+    """Check that the KMEs of a pair report that they belong together (clause 6.1)."""
     apart = [
         f"{name} is {shown(str(ours.get(name)))} at A, {twin} is {shown(str(theirs.get(twin)))} at B"
         for name, twin in (
@@ -235,7 +235,7 @@ def compare_status(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterat
 
 
 def judge_deviations(deviations: frozenset[str]) -> Iterator[Outcome]:
-    """What a key container has that the standard has not (clause 6.3)."""
+    """Report the parts of a key container that the standard does not have (clause 6.3)."""
     if deviations:
         yield warned(
             f"the key container deviates: {', '.join(sorted(deviations))}",
@@ -244,7 +244,7 @@ def judge_deviations(deviations: frozenset[str]) -> Iterator[Outcome]:
 
 
 def judge_container(reply: Reply, number: int, size: int) -> Iterator[Outcome]:
-    """Whether `number` keys of `size` bits were delivered (clause 6.3)."""
+    """Check that `number` keys of `size` bits were delivered (clause 6.3)."""
     if reply.status != 200:
         yield failed(f"no key: {describe(reply)}", "Find out why in the KME's log.")
         return
@@ -262,7 +262,7 @@ def judge_container(reply: Reply, number: int, size: int) -> Iterator[Outcome]:
 
 
 def compare_keys(ours: Sequence[QKDKey], reply: Reply) -> Iterator[Outcome]:
-    """Whether the slave got the keys that the master has; those of both are wiped (clauses 5.4 and 6.3)."""
+    """Check that the slave got the keys that the master has; wipe those of both (clauses 5.4 and 6.3)."""
     try:
         if reply.status != 200:
             yield failed(
@@ -302,14 +302,14 @@ def compare_keys(ours: Sequence[QKDKey], reply: Reply) -> Iterator[Outcome]:
 def judge_refusal(
     reply: Reply, asked: str, *, status: int = 400, text: str = "", message: bool = True
 ) -> Iterator[Outcome]:
-    """Whether what must be refused was refused as the standard says (clauses 5 and 6.5).
+    """Check that a request that must be refused was refused as the standard says (clauses 5 and 6.5).
 
     Args:
         reply: the answer.
-        asked: what was asked for, for people.
+        asked: the request, for display.
         status: that the standard has for it.
         text: that the standard has for it; "" for any.
-        message: whether there must be one.
+        message: True if there must be one.
     """
     if reply.status == 200:
         delivered = f", {_keys(len(reply.keys))} delivered" if reply.keys else ""
@@ -331,12 +331,12 @@ def judge_refusal(
 
 
 def describe(reply: Reply) -> str:
-    """Status and message, for people."""
+    """Return status and message, for display."""
     return f'status {reply.status}, "{reply.message}"' if reply.message else f"status {reply.status}"
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one of the values, the upper of two."""
+    """Return the middle one of the values, the upper of two."""
     return sorted(values)[len(values) // 2]
 
 

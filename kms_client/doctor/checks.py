@@ -1,6 +1,6 @@
-"""The checks, in the order they are made: small functions that look at one thing and say what they saw.
+"""The checks, in the order they are made: small functions that each examine one thing and report it.
 
-Clauses are those of ETSI GS QKD 014 V1.1.1; "" where it says nothing.
+Clauses are those of ETSI GS QKD 014 V1.1.1; "" if it says nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from kms_client.https import HTTPSClient
 __all__ = ["CHECKS", "KEYS_NEEDED", "Check", "Need"]
 
 Need = Literal["nothing", "tls", "answer", "status", "keys", "slave", "pair"]
-"""What a check cannot do without.
+"""The precondition of a check.
 
-A TLS handshake; a status; a status whose numbers can be used; keys; keys and the slave's side; both KMEs, for what is
-looked at once.
+A TLS handshake; a status; a status whose numbers can be used; keys; keys and the slave's side; both KMEs, for
+checks that are made once.
 """
 
 KEYS_NEEDED = 8  # of each direction, for all checks of a KME that makes no mistake
@@ -61,10 +61,10 @@ class Check:
     """One check.
 
     Attributes:
-        name: for programs.
-        title: for people.
+        name: for use by programs.
+        title: for display.
         clause: of the standard.
-        need: without which it is skipped.
+        need: the precondition without which it is skipped.
         run: makes the findings; a `KMSError` that it raises is one too.
     """
 

@@ -1,4 +1,4 @@
-"""Makes all checks and puts together what they found."""
+"""The examination: all checks, and the report of their findings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["examine"]
 
 
 def examine(setting: Setting) -> Report:
-    """Make all checks at all sides; the keys taken are wiped, whatever happens.
+    """Make all checks at all sides; the keys taken are wiped even if a check raises.
 
     Raises:
         ValueError: this SAE's certificate cannot be read.
@@ -62,7 +62,7 @@ def _outcomes(check: Check, setting: Setting, side: Side) -> list[Outcome]:
 
 
 def _lacking(check: Check, setting: Setting, side: Side) -> Outcome | None:
-    """Why a check is skipped."""
+    """Return the reason why a check is skipped, or None."""
     if check.need == "nothing":
         return None
     if side.facts is None:

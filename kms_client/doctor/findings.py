@@ -1,4 +1,4 @@
-"""What an examination finds: verdicts, findings and the report they make; no I/O."""
+"""The findings of an examination: verdicts, findings and the report they make; no I/O."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _STANDARD = "ETSI GS QKD 014 V1.1.1"
 
 
 class Verdict(StrEnum):
-    """What a finding means for whoever runs the KME."""
+    """The meaning of a finding for the KME's operator."""
 
     PASS = "PASS"  # noqa: S105 - not a password
-    """As the standard says."""
+    """It agrees with the standard."""
     WARN = "WARN"
-    """Works, but clients need to be tolerant, or it will stop to work."""
+    """It works, but clients need to be tolerant, or it will stop working."""
     FAIL = "FAIL"
-    """Against the standard, or does not work."""
+    """It breaks the standard, or does not work."""
     SKIP = "SKIP"
-    """Not examined; the text says why."""
+    """It was not examined; the text says why."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was examined.
+    """The result for one thing that was examined.
 
     Attributes:
         check: name of the check, which does not change between versions: "status.members".
-        side: "A", "B", or "A-B" for what concerns both KMEs.
-        title: what was examined, for people.
+        side: "A", "B", or "A-B" if it concerns both KMEs.
+        title: the thing examined, for display.
         verdict: the result.
-        text: what was seen. Never holds a key.
-        clause: of ETSI GS QKD 014 V1.1.1; "" where the standard says nothing.
+        text: the observation. Never holds a key.
+        clause: of ETSI GS QKD 014 V1.1.1; "" if the standard says nothing.
         advice: what to do; "" for PASS.
     """
 
@@ -51,14 +51,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class ExaminedSide:
-    """A KME that was examined, and as whom.
+    """A KME that was examined, and the SAE that asked.
 
     Attributes:
         name: "A" or "B".
         url: of the KME.
         sae_id: the SAE that asked.
         peer_sae_id: the SAE it shares keys with.
-        keys: how many keys the KME delivered to this SAE as master. They are used up.
+        keys: number of keys that the KME delivered to this SAE as master. They are used up.
     """
 
     name: str
@@ -73,8 +73,8 @@ class Report:
     """All findings of one examination.
 
     Attributes:
-        started: when, as ISO 8601 in UTC.
-        seconds: how long it took.
+        started: the time, as ISO 8601 in UTC.
+        seconds: its duration.
         sides: the KMEs.
         findings: in the order of the checks.
     """
@@ -86,23 +86,23 @@ class Report:
 
     @property
     def counts(self) -> dict[Verdict, int]:
-        """How many findings there are of each verdict, those with none included."""
+        """The number of findings of each verdict, those with none included."""
         counted = Counter(finding.verdict for finding in self.findings)
         return {verdict: counted[verdict] for verdict in Verdict}
 
     @property
     def keys(self) -> int:
-        """How many keys were used up."""
+        """The number of keys used up."""
         return sum(side.keys for side in self.sides)
 
     def exit_code(self, *, strict: bool = False) -> int:
-        """For scripts: 1 if something is FAIL; 3 if something is WARN and `strict` is set; otherwise 0."""
+        """Return 1 if there is a FAIL, 3 if there is a WARN and `strict` is set, otherwise 0; for scripts."""
         if self.counts[Verdict.FAIL]:
             return 1
         return 3 if strict and self.counts[Verdict.WARN] else 0
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data for JSON. Members may be added; those that are there keep name and meaning within a format."""
+        """Return plain data for JSON. Within a format, members may be added; none is renamed or redefined."""
         return {
             "format": _FORMAT,
             "standard": _STANDARD,

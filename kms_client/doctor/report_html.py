@@ -41,7 +41,7 @@ _MEANING = {
 
 
 def html(report: Report) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join(_lines(report)) + "\n"
 
 
@@ -80,7 +80,7 @@ def _outcome(report: Report) -> str:
 
 
 def _attention(report: Report) -> Iterator[str]:
-    """What is not as it should be, the worst first, with links to the findings."""
+    """Yield the section about findings that need attention, the worst first, with links to them."""
     urgent = [
         finding for v in (Verdict.FAIL, Verdict.WARN) for finding in report.findings if finding.verdict is v
     ]
@@ -135,5 +135,5 @@ def _findings(findings: list[Finding], title: str) -> Iterator[str]:
 
 
 def _first(finding: Finding, findings: list[Finding]) -> bool:
-    """IDs are there once: for the first finding of a check."""
+    """Return True for the first finding of a check: an ID may be there only once."""
     return next(other for other in findings if other.check == finding.check) is finding

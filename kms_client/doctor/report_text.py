@@ -14,7 +14,7 @@ _WIDTH = 110
 
 
 def text(report: Report) -> str:
-    """The report in lines, side by side; checks that were skipped for one reason share a line."""
+    """Return the report in lines, side by side; checks that were skipped for one reason share a line."""
     return "\n".join(_lines(report)) + "\n"
 
 

@@ -36,7 +36,7 @@ _ANYWHERE = SecureSite(["0.0.0.0/0", "::/0"])
 
 @dataclass(frozen=True)
 class SAECredentials:
-    """What an SAE proves itself to its KME with; the files as of `Etsi014Client`."""
+    """An SAE's credentials towards its KME; the files as of `Etsi014Client`."""
 
     sae_id: str
     ca: FilePath
@@ -46,7 +46,7 @@ class SAECredentials:
     key_password: Password | None = field(default=None, repr=False)
 
     def context(self, kms: str) -> ssl.SSLContext:
-        """A new context that has them loaded.
+        """Return a new context that has them loaded.
 
         Raises:
             ValueError: something is missing.
@@ -62,10 +62,10 @@ class SAECredentials:
         )
 
     def certificate(self) -> x509.Certificate:
-        """The SAE's own certificate.
+        """Return the SAE's own certificate.
 
         Raises:
-            ValueError: it has a form that OpenSSL takes, and `cryptography` does not.
+            ValueError: it has a form that OpenSSL accepts but `cryptography` rejects.
         """
         if self.cert is not None:
             return x509.load_pem_x509_certificate(Path(self.cert).read_bytes())
@@ -87,13 +87,13 @@ class Side:
 
     Attributes:
         facts: of its TLS; None until it was reached.
-        trusted: whether its certificate was verified.
-        status: what it said last of itself; None until it did.
-        usable: whether its numbers are there.
-        keys: how many it delivered to this SAE as master.
+        trusted: True if its certificate was verified.
+        status: its last status; None until there was one.
+        usable: True if the numbers of its status are there.
+        keys: number of keys that it delivered to this SAE as master.
         pending: keys delivered to this SAE as master, that the slave has not fetched yet.
         fetched: IDs of the keys that the slave has fetched.
-        delivery_seconds: how long each delivery took.
+        delivery_seconds: duration of each delivery.
 
     Raises:
         ValueError: the URL or an SAE ID is impossible, or something is missing in the credentials.
@@ -163,7 +163,7 @@ class Side:
         return reply
 
     def number(self, member: str) -> int:
-        """A number of the status; 0 where it is missing."""
+        """Return a number of the status; 0 if it is missing."""
         value = (self.status or {}).get(member)
         return value if isinstance(value, int) else 0
 
@@ -182,7 +182,7 @@ class Side:
             pass
 
     def content_type(self) -> str:
-        """The media type that a status is said to have, without parameters.
+        """Return the media type that the KME gives for a status, without parameters.
 
         Raises:
             OSError, http.client.HTTPException: there was no answer.
@@ -197,13 +197,13 @@ class Side:
         return header.partition(";")[0].strip().lower()
 
     def without_certificate(self) -> HTTPSClient:
-        """A client that has no certificate."""
+        """Return a client that has no certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.credentials.ca)
         return self._new_client(context)
 
     def with_foreign_certificate(self) -> HTTPSClient:
-        """A client with a certificate that says the same as the SAE's, signed by nobody that the KME knows."""
+        """Return a client with a copy of the SAE's certificate, signed by a CA that the KME does not know."""
         certificate, key = _impostor(self.credentials.certificate())
         with tempfile.TemporaryDirectory() as directory:
             # A key that opens nothing, if the KME does what it should.
@@ -214,11 +214,11 @@ class Side:
             )
 
     def as_other(self, credentials: SAECredentials) -> HTTPSClient:
-        """A client of the same KME with the certificate of another SAE."""
+        """Return a client of the same KME with the certificate of another SAE."""
         return self._new_client(credentials.context(self.url))
 
     def close(self) -> None:
-        """Close the connections and wipe what is left of the keys."""
+        """Close the connections and wipe the remaining keys."""
         self._client.close()
         for key in self.pending:
             key.wipe()
@@ -238,15 +238,15 @@ class Side:
 
 @dataclass
 class Setting:
-    """What the checks are given.
+    """The input of the checks.
 
     Attributes:
         sides: one KME, or both of a pair.
-        other: an SAE at side B that no key is meant for; None if there is none.
+        other: an SAE at side B for which no key is meant; None if there is none.
         site: the operator's secure site.
-        take_keys: whether keys may be taken.
-        seconds: that the key rate is watched for.
-        progress: is told what is going on.
+        take_keys: True if keys may be taken.
+        seconds: time for which the key rate is watched.
+        progress: called with a text at each step.
     """
 
     sides: list[Side]
@@ -257,7 +257,7 @@ class Setting:
     progress: Callable[[str], None]
 
     def opposite(self, side: Side) -> Side | None:
-        """The other KME of the pair, if it is examined too."""
+        """Return the other KME of the pair, if it is examined too."""
         return next((other for other in self.sides if other is not side), None)
 
 

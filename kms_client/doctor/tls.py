@@ -1,4 +1,4 @@
-"""What a KME's TLS is like, seen without a certificate of one's own; nothing but handshakes is sent."""
+"""The TLS of a KME, seen without a certificate of one's own; nothing but handshakes is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLD_CIPHERS = b"ALL:@SECLEVEL=0"  # with fewer bits than OpenSSL would take by 
 
 @dataclass(frozen=True)
 class TLSFacts:
-    """What a handshake showed. The certificate is as presented: it has not been verified here.
+    """The parameters that a handshake showed. The certificate is as presented: it has not been verified here.
 
     Attributes:
         address: the KME's IP address.
@@ -37,9 +37,10 @@ class TLSFacts:
 
 
 def look(host: str, port: int, timeout: float) -> TLSFacts:
-    """Shake hands and say what was agreed on.
+    """Shake hands and return what was agreed on.
 
-    A KME may end the handshake because it gets no client certificate; what it had sent before counts.
+    A KME may end the handshake because it gets no client certificate; the parameters it had sent before
+    count.
 
     Raises:
         OSError: cannot connect, or no answer within `timeout` seconds.
@@ -61,10 +62,10 @@ def look(host: str, port: int, timeout: float) -> TLSFacts:
 
 
 def accepts_old_tls(host: str, port: int, timeout: float) -> bool | None:
-    """Whether the KME shakes hands when it is offered nothing above TLS 1.1.
+    """Return True if the KME shakes hands when it is offered nothing above TLS 1.1.
 
     Returns:
-        None where it cannot be told, for the OpenSSL here has no such version.
+        True or False; None if it cannot be told, because the OpenSSL here has no such version.
 
     Raises:
         OSError: cannot connect, or no answer within `timeout` seconds.
@@ -84,7 +85,7 @@ def accepts_old_tls(host: str, port: int, timeout: float) -> bool | None:
 def _handshake(
     context: SSL.Context, sock: socket.socket, host: str, timeout: float
 ) -> tuple[SSL.Connection, str | None]:
-    """The connection, and what ended its handshake early."""
+    """Return the connection, and the reason why its handshake ended early, if it did."""
     connection = SSL.Connection(context, sock)
     if not _is_address(host):
         connection.set_tlsext_host_name(host.encode("idna"))

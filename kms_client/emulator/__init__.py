@@ -1,4 +1,4 @@
-"""An emulated QKD link with a KME at each end, to test and to try things out with.
+"""An emulated QKD link with a KME at each end, for tests and experiments.
 
 Needs the extra `emulator`. Not for production: keys cross the link without quantum protection.
 """

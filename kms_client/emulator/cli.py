@@ -245,7 +245,7 @@ async def _run(
     start: Callable[[], Awaitable[dict[str, Any]]],
     stop: Callable[[], Awaitable[None]],
 ) -> None:
-    """Start, say so, and stop on SIGTERM or SIGINT."""
+    """Start, print the addresses, and stop on SIGTERM or SIGINT."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""What a KME does whatever its interface: who asks, for whom, and which keys they get."""
+"""The part of a KME that is common to its interfaces: who asks, for whom, and which keys they get."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Faults", "KeyDelivery", "Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the KME says in its status; sizes in bits."""
+    """The limits that the KME reports in its status; sizes in bits."""
 
     max_key_per_request: int = 128
     max_key_size: int = 4096
@@ -37,19 +37,19 @@ class Faults:
 
 
 class KeyDelivery:
-    """Delivers keys to the SAEs of one KME, and tells the other KME for whom they are.
+    """The delivery of keys to the SAEs of one KME; the other KME is told for whom they are.
 
     Args:
-        kme_id: its ID.
-        peer_kme_id: that of the KME at the other end of the link.
+        kme_id: ID of the KME.
+        peer_kme_id: ID of the KME at the other end of the link.
         sae_ids: SAEs of this KME.
-        peer_sae_ids: SAEs of the other KME, with which those of this one can share keys.
+        peer_sae_ids: SAEs of the other KME, with which the SAEs of this one can share keys.
         store: this end's keys.
         peer_kme: the other KME.
         limits: of requests.
-        local_slaves: whether SAEs of this KME can share keys with each other, and with themselves; some programs that
-            examine a KME have one certificate only.
-        on_delivery: called with every delivery, after it was put down in `store.deliveries`.
+        local_slaves: True if SAEs of this KME can share keys with each other, and with themselves; some
+            programs that examine a KME have one certificate only.
+        on_delivery: called with every delivery, after it was recorded in `store.deliveries`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KeyDelivery:
         local_slaves: bool = False,
         on_delivery: Callable[[Delivery], None] | None = None,
     ) -> None:
-        """Deliver nothing yet."""
+        """Start without any deliveries."""
         self.kme_id = kme_id
         self.peer_kme_id = peer_kme_id
         self.sae_ids = frozenset(sae_ids)
@@ -79,7 +79,7 @@ class KeyDelivery:
     async def take(
         self, number: int, size: int, master: str, slaves: tuple[str, ...]
     ) -> list[tuple[str, bytearray]]:
-        """New keys with their IDs, for `master`; the other KME knows who their slaves are.
+        """Return new keys with their IDs, for `master`; the other KME knows who their slaves are.
 
         Raises:
             Refused: there are too few, or the link is down.
@@ -105,7 +105,7 @@ class KeyDelivery:
         return [(assignment.key_id, secret) for assignment, secret in taken]
 
     def fetch(self, key_ids: Sequence[str], master: str, slave: str) -> list[bytearray]:
-        """The keys with these IDs, for one of their slaves.
+        """Return the keys with these IDs, for one of their slaves.
 
         Raises:
             Refused: one is not here (any more), or is not for this slave; none is taken.
@@ -122,7 +122,7 @@ class KeyDelivery:
         return secrets
 
     def delivered(self, key_id: str, secret: bytearray, sae_id: str, role: SAERole) -> None:
-        """Put the delivery down, and wipe the key."""
+        """Record the delivery, and wipe the key."""
         _zero(secret)
         delivery = Delivery(key_id, sae_id, role)
         self.store.deliveries.append(delivery)
@@ -130,7 +130,7 @@ class KeyDelivery:
             self._on_delivery(delivery)
 
     def caller(self, request: web.Request) -> str:
-        """The SAE that the client's certificate names."""
+        """Return the SAE that the client's certificate names."""
         assert request.transport is not None
         certificate = request.transport.get_extra_info("peercert") or {}
         known = self.sae_ids.intersection(_certificate_names(certificate))
@@ -139,13 +139,13 @@ class KeyDelivery:
         return next(iter(known))
 
     def checked_peer(self, sae_id: str) -> str:
-        """`sae_id`, if it is an SAE that keys can be shared with."""
+        """Return `sae_id`, if it is an SAE that keys can be shared with."""
         if sae_id not in self.peer_sae_ids:
             raise Refused(400, f"SAE not found: {self.kme_id} has no link to its KME")
         return sae_id
 
     def checked_size(self, size: object) -> int:
-        """Size of keys in bits, if it is one within the limits; None stands for the link's own."""
+        """Return a size of keys in bits, if it is within the limits; None stands for the link's own."""
         if size is None:
             return self.store.key_size
         if not isinstance(size, int) or isinstance(size, bool) or size % 8:

@@ -1,4 +1,4 @@
-"""ETSI GS QKD 014 V1.1.1 as a KME answers it: the three calls of clause 6."""
+"""ETSI GS QKD 014 V1.1.1, served by a KME: the three calls of clause 6."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Etsi014Interface:
         self._kme = kme
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
-        """GET and POST: aiohttp answers other methods with 405."""
+        """Add GET and POST; aiohttp answers other methods with 405."""
         resource = "/api/v1/keys/{sae_id}/"
         router.add_get(resource + "status", self._status, allow_head=False)
         for method in ("GET", "POST"):

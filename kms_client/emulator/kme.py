@@ -86,7 +86,7 @@ class KME(KeyDelivery):
 
 
 def server_context(cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
-    """TLS for a KME: its certificate, and a client certificate of the CA required."""
+    """Return TLS settings for a KME: its certificate, and a client certificate of the CA required."""
     # Not create_default_context: it writes the keys of the connection to the file that SSLKEYLOGFILE names.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_verify_locations(ca)

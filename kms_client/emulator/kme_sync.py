@@ -1,4 +1,4 @@
-"""Two KMEs agree on which keys both hold, and for whom they are: within one process."""
+"""Agreement of two KMEs, within one process, on the keys that both hold and the SAEs they are for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TICK = 0.02  # seconds between looks at the source
 
 
 class PeerKMEDown(Exception):
-    """The other KME could not be told, or refused: the keys concerned are not to be delivered."""
+    """The other KME could not be told, or refused: the keys concerned must not be delivered."""
 
 
 class PeerKME(Protocol):
@@ -29,10 +29,10 @@ class PeerKME(Protocol):
         ...
 
     async def assign(self, assignments: list[Assignment]) -> None:
-        """Tell the other KME to whom keys go; returns when it has done so.
+        """Tell the other KME the SAEs that keys go to; return once it has confirmed.
 
         Raises:
-            PeerKMEDown: it has not, or it is not known whether it has.
+            PeerKMEDown: it has not confirmed, or that is unknown.
         """
         ...
 
@@ -46,7 +46,7 @@ class NewKey(NamedTuple):
 
 
 def new_keys(source: KeySource, number: int, store_a: KeyStore) -> Iterator[NewKey]:
-    """Up to `number` keys, each for the direction that has fewer; none beyond the buffers' size.
+    """Yield up to `number` keys, each for the direction that has fewer; none beyond the buffers' size.
 
     The caller stores each key before asking for the next.
     """
@@ -68,7 +68,7 @@ async def feed(source: KeySource, put: Callable[[int], Awaitable[None]]) -> None
 
 
 class DirectSync:
-    """Joins two stores in one process.
+    """A link that joins two stores in one process.
 
     Args:
         source: of the keys.

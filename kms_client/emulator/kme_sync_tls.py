@@ -1,11 +1,12 @@
-"""Two KMEs agree on which keys both hold, and for whom they are: JSON lines over mutual TLS.
+"""Agreement of two KMEs on the keys that both hold and the SAEs they are for: JSON lines over mutual TLS.
 
-Side A has the key source and listens, side B connects and connects again. Whenever they are joined, both tell
-which unassigned keys they have and drop what the other has not. From then on messages arrive in order, so
+Side A has the key source and listens, side B connects and connects again. Whenever they are joined, each
+reports its unassigned keys and drops those that the other lacks. From then on messages arrive in order, so
 that a key is always known at the other end before an assignment names it.
 
-With a key source, this channel carries keys under ordinary TLS: it stands in for the quantum link, it is not one. Where
-the keys come from an emulated QKD link (`qkd_side`), there is no source, and no key goes over it.
+With a key source, this channel carries keys under ordinary TLS: it stands in for the quantum link, without
+its protection. If the keys come from an emulated QKD link (`qkd_side`), there is no source, and no key goes
+over it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MAX_LINE = 1 << 25  # bytes: the IDs of some 700,000 keys
 
 
 class _Sync:
-    """What both sides do once they are connected."""
+    """The part that both sides share once they are connected."""
 
     def __init__(self, store: KeyStore, peer_kme_id: str) -> None:
         self._store = store
@@ -43,11 +44,11 @@ class _Sync:
 
     @property
     def up(self) -> bool:
-        """Whether both ends have agreed on their keys and the connection stands."""
+        """True if both ends have agreed on their keys and the connection stands."""
         return self._writer is not None
 
     async def assign(self, assignments: list[Assignment]) -> None:
-        """Tell the other KME and wait for its word; see `PeerKME`."""
+        """Tell the other KME and wait for its confirmation; see `PeerKME`."""
         writer = self._writer
         if writer is None:
             raise PeerKMEDown
@@ -93,7 +94,7 @@ class _Sync:
             writer.transport.abort()
 
     async def _joined(self, writer: asyncio.StreamWriter) -> None:
-        """Called when both ends have agreed."""
+        """React once both ends have agreed."""
 
     def _handle(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         kind = message["type"]
@@ -129,7 +130,7 @@ class ListeningSync(_Sync):
 
     Args:
         store: side A's end.
-        source: of the keys; None where they come from elsewhere.
+        source: of the keys; None if they come from elsewhere.
         initial: keys of each direction to start with, put in when side B first connects.
         peer_kme_id: common name that side B's certificate must have.
         context: TLS with the KME's certificate, requiring the peer's.
@@ -152,7 +153,7 @@ class ListeningSync(_Sync):
         self._feeding: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which is a free one for 0."""
+        """Listen; return the port, which is a free one for 0."""
         self._server = await asyncio.start_server(
             self._accept, host, port, ssl=self._context, limit=_MAX_LINE
         )
@@ -205,8 +206,8 @@ class ConnectingSync(_Sync):
     Args:
         store: side B's end.
         peer_kme_id: common name that side A's certificate must have.
-        context: TLS with the KME's certificate, verifying the peer's; not its host name, for the KME's ID is
-            checked instead.
+        context: TLS with the KME's certificate, verifying the peer's; not its host name, because the KME's ID
+            is checked instead.
     """
 
     def __init__(self, store: KeyStore, peer_kme_id: str, context: ssl.SSLContext) -> None:
@@ -234,7 +235,7 @@ class ConnectingSync(_Sync):
 
 
 def client_context(cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
-    """TLS for side B of a link: its KME's certificate, and verification of the other's."""
+    """Return TLS settings for side B of a link: its KME's certificate, and verification of the other's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(ca)
     context.check_hostname = False  # the link checks the KME's ID instead

@@ -1,4 +1,4 @@
-"""Both KMEs of a link in one process, for tests and for trying out."""
+"""Both KMEs of a link in one process, for tests and experiments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KMEPair:
         initial: keys of each direction at the start; None for a full buffer.
         more_saes: IDs of further SAEs, as {"a": [...], "b": [...]}.
         limits: of requests.
-        local_slaves: whether SAEs of one KME can share keys with each other, and with themselves.
+        local_slaves: True if SAEs of one KME can share keys with each other, and with themselves.
         on_delivery: called with every delivery.
     """
 
@@ -141,15 +141,15 @@ class RunningPair:
 
     @property
     def deliveries(self) -> list[Delivery]:
-        """What both KMEs have delivered so far, each in its order: first A's, then B's."""
+        """The deliveries of both KMEs so far, each in its order: first A's, then B's."""
         return [*self._pair.kmes["a"].store.deliveries, *self._pair.kmes["b"].store.deliveries]
 
     def faults(self, side: SideName) -> Faults:
-        """The switches for misbehaviour of one KME; they act on the next request."""
+        """Return the switches for misbehaviour of one KME; they act on the next request."""
         return self._pair.kmes[side].faults
 
     def stored(self, side: SideName) -> int:
-        """Keys that masters at this side can get now."""
+        """Return the number of keys that masters at this side can get now."""
         return self._pair.kmes[side].store.available_count
 
     def stop_kme(self, side: SideName) -> None:
@@ -157,15 +157,15 @@ class RunningPair:
         self._call(self._pair.stop_kme(side))
 
     def start_kme(self, side: SideName) -> None:
-        """Turn it on again, on the same port."""
+        """Turn one KME on again, on the same port."""
         self._call(self._pair.start_kme(side))
 
     def client(self, side: SideName, **settings: Any) -> Etsi014Client:
-        """A new client of one KME with the certificate of its SAE; `settings` as of `Etsi014Client`."""
+        """Return a new client of one KME with its SAE's certificate; `settings` as of `Etsi014Client`."""
         return Etsi014Client(self._url(side), **{**self._credentials(side), **settings})
 
     def skip_client(self, side: SideName, **settings: Any) -> SkipClient:
-        """The same for SKIP; `settings` as of `SkipClient`."""
+        """Return a new SKIP client of one KME, likewise; `settings` as of `SkipClient`."""
         return SkipClient(self._url(side), **{**self._credentials(side), **settings})
 
     def _url(self, side: SideName) -> str:
@@ -200,7 +200,7 @@ def run_pair(
     local_slaves: bool = False,
     source: KeySource | None = None,
 ) -> Iterator[RunningPair]:
-    """A pair of KMEs on free ports of 127.0.0.1, in a background thread, for the length of a `with` block.
+    """Run a pair of KMEs on free ports of 127.0.0.1, in a background thread, during a `with` block.
 
     Args:
         directory: of the demo PKI, written if absent; None for a temporary one.
@@ -212,7 +212,7 @@ def run_pair(
         sae_b: SAE ID of side B.
         more_saes: IDs of further SAEs, as {"a": [...], "b": [...]}; `add_sae` gives them certificates.
         limits: of requests.
-        local_slaves: whether SAEs of one KME can share keys with each other, and with themselves.
+        local_slaves: True if SAEs of one KME can share keys with each other, and with themselves.
         source: of the keys, instead of the operating system's generator with `rate` and `key_size`.
     """
     with ExitStack() as stack:

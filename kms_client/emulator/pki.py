@@ -1,6 +1,6 @@
-"""Certificates to try things out with: one CA for the KMS, another for the application's TLS.
+"""Certificates for experiments: one CA for the KMS, another for the application's TLS.
 
-The private keys, those of the CAs included, lie unencrypted in one directory: not for production.
+The private keys, those of the CAs included, are stored unencrypted in one directory: not for production.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DemoPKI:
 
     @property
     def kme_a_key(self) -> Path:
-        """Its key."""
+        """Private key of side A's KME."""
         return self.directory / "kme-a.key"
 
     @property
@@ -67,7 +67,7 @@ class DemoPKI:
 
     @property
     def kme_b_key(self) -> Path:
-        """Its key."""
+        """Private key of side B's KME."""
         return self.directory / "kme-b.key"
 
     @property
@@ -77,7 +77,7 @@ class DemoPKI:
 
     @property
     def sae_a_key(self) -> Path:
-        """Its key."""
+        """Private key of side A's SAE."""
         return self.directory / "sae-a.key"
 
     @property
@@ -87,7 +87,7 @@ class DemoPKI:
 
     @property
     def sae_b_key(self) -> Path:
-        """Its key."""
+        """Private key of side B's SAE."""
         return self.directory / "sae-b.key"
 
     # For TLS between applications.
@@ -103,7 +103,7 @@ class DemoPKI:
 
     @property
     def server_key(self) -> Path:
-        """Its key."""
+        """Private key of the application's server."""
         return self.directory / "server.key"
 
     @property
@@ -113,7 +113,7 @@ class DemoPKI:
 
     @property
     def client_key(self) -> Path:
-        """Its key."""
+        """Private key of the application's client."""
         return self.directory / "client.key"
 
 
@@ -129,7 +129,7 @@ def write_demo_pki(
     Args:
         directory: made if absent; files of an earlier PKI are replaced.
         sae_a: SAE ID of side A: common name and SAN URI (`urn:sae:` and the percent-encoded ID).
-        sae_b: the same of side B.
+        sae_b: SAE ID of side B, in the same way.
         hosts: names and addresses of the KMEs and of the application's server.
     """
     path = Path(directory)
@@ -156,7 +156,7 @@ def ensure_demo_pki(
     *,
     hosts: Iterable[str] = _LOOPBACK,
 ) -> DemoPKI:
-    """The PKI in `directory`, written if it is not there; safe if several processes do so at once.
+    """Return the PKI in `directory`, written if absent; safe if several processes do so at once.
 
     Raises:
         ValueError: the PKI there is for other SAE IDs, or has expired.
@@ -183,7 +183,7 @@ def ensure_demo_pki(
 
 
 def add_sae(pki: DemoPKI, sae_id: str, stem: str) -> tuple[Path, Path]:
-    """Issue a certificate for another SAE; paths of the certificate and of the key, `stem`.pem and .key."""
+    """Issue a certificate for another SAE; return paths of certificate and key, `stem`.pem and .key."""
     client = [ExtendedKeyUsageOID.CLIENT_AUTH]
     return _Authority.load(pki.directory / "kms-ca").issue(
         sae_id, [_sae_uri(sae_id)], client, pki.directory / stem

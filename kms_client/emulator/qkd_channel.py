@@ -28,7 +28,7 @@ _CHUNK: Final = 1 << 18
 
 
 class _Wire:
-    """The connection, and the man in the middle of it where there is one."""
+    """The connection, and the man in the middle of it if there is one."""
 
     def __init__(self, streams: Streams, middle: Callable[[], str] | None) -> None:
         self._reader, self._writer = streams
@@ -56,21 +56,21 @@ class WireConversation:
     """One session on the classical channel."""
 
     def __init__(self, wire: _Wire, channel: ClassicalChannel) -> None:
-        """Go on where the session's start has ended."""
+        """Continue after the start of the session."""
         self._wire = wire
         self._channel = channel
         self._parts: deque[Part] = deque()
         self._take(b"")
 
     async def send(self, data: bytes, *, last: bool) -> None:
-        """Send a part of a message. Raises OSError, or ChannelError where there is no key left for it."""
+        """Send a part of a message. Raises OSError, or ChannelError if no key is left for it."""
         await self._wire.write(self._channel.seal(data) if last else self._channel.seal_part(data))
 
     async def receive(self) -> Part:
-        """The next part.
+        """Return the next part.
 
         Raises:
-            ChannelError: it is not authentic.
+            ChannelError: the part is not authentic.
             OSError: the connection has ended (EOFError, too), or nothing came for too long (TimeoutError).
         """
         async with asyncio.timeout(_SILENCE):
@@ -83,7 +83,7 @@ class WireConversation:
 
 
 class Authentication:
-    """What a side needs to start sessions, and what lasts longer than one.
+    """The requirements of a side to start sessions, and its state that outlasts one session.
 
     Args:
         sends: the direction in which this side sends.
@@ -91,7 +91,7 @@ class Authentication:
         bootstrap: authenticates the channel before there are one-time keys.
         reserve: of one-time keys.
         target: one-time keys of each direction in a full reserve.
-        rebootstrap: what to do with a peer that has lost its keys.
+        rebootstrap: the reaction to a peer that has lost its keys.
         on_event: called with a sentence for the operator.
     """
 
@@ -123,11 +123,12 @@ class Authentication:
 
         Args:
             streams: the connection.
-            middle: says what a man in the middle does, one of `kms_client.emulator.link.controls.MIDDLE`; None if there
-                is none.
+            middle: returns the action of a man in the middle, one of
+                `kms_client.emulator.link.controls.MIDDLE`; None if there is none.
 
         Raises:
-            ChannelError: the peer cannot prove itself, or has lost its keys and must not bootstrap again.
+            ChannelError: the peer cannot prove itself, or has lost its keys and is not allowed to bootstrap
+                again.
             OSError: the connection has ended (EOFError, too), or nothing came for too long (TimeoutError).
         """
         wire = _Wire(streams, middle)
@@ -151,7 +152,7 @@ class Authentication:
         return WireConversation(wire, session.channel)
 
     def figures(self) -> dict[str, Any]:
-        """For operators; see `kms_client.emulator.link.figures.Figures.authentication`."""
+        """Return figures for operators; see `kms_client.emulator.link.figures.Figures.authentication`."""
         if self._channel is None:
             mode = "nothing yet"
         else:
@@ -168,17 +169,17 @@ class Authentication:
 
 
 class AnchorFile:
-    """Keeps the anchor of a reserve over restarts, in a file of mode 0600 that is replaced as a whole."""
+    """A file of mode 0600 that keeps the anchor of a reserve over restarts; it is replaced as a whole."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read yet."""
+        """Remember the path; nothing is read yet."""
         self._path = path
 
     def reserve(self) -> KeyReserve:
-        """A reserve with the anchor of the file, if there is one.
+        """Return a reserve with the anchor of the file, if there is one.
 
         Raises:
-            ValueError: the file is not one of these.
+            ValueError: the file is not an anchor file.
         """
         try:
             found = json.loads(self._path.read_text("utf-8"))
@@ -189,7 +190,7 @@ class AnchorFile:
             raise ValueError(f"{self._path} is no anchor of a link: remove it on both sides") from None
 
     def keep(self, anchor: bytes | None, proven: bool) -> None:
-        """Write it, or remove the file."""
+        """Write the anchor, or remove the file if it is None."""
         if anchor is None:
             self._path.unlink(missing_ok=True)
             return
@@ -200,11 +201,11 @@ class AnchorFile:
 
 
 def certificates(cert: Path, key: Path, ca: Path, peer_id: str) -> Certificates:
-    """Authentication by the certificate of this side's KME, and that of its peer.
+    """Return authentication by the certificate of this side's KME, and that of its peer.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: the key is of another kind than P-256, P-384 or ML-DSA, or is not that of the certificate.
+        ValueError: the key is neither P-256, P-384 nor ML-DSA, or does not match the certificate.
     """
     private = load_pem_private_key(key.read_bytes(), None)
     chain = x509.load_pem_x509_certificates(cert.read_bytes())

@@ -48,7 +48,7 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class StoreSink:
-    """Puts the keys of the link into a KME's store.
+    """A sink that puts the keys of the link into a KME's store.
 
     Args:
         store: of this side's KME.
@@ -63,18 +63,18 @@ class StoreSink:
         self._figures = figures
 
     def counts(self) -> tuple[int, int]:
-        """Keys stored for masters at A and for masters at B."""
+        """Return the numbers of keys stored for masters at A and for masters at B."""
         here, there = self._store.available_count, self._store.held_count
         return (here, there) if self._side == "a" else (there, here)
 
     def room(self) -> tuple[int, int]:
-        """How many more there is room for."""
+        """Return the numbers of further keys that there is room for."""
         for_a, for_b = self.counts()
         most = self._store.max_key_count
         return max(0, most - for_a), max(0, most - for_b)
 
     async def wait_for_room(self) -> None:
-        """Return when it is worth making keys; meanwhile the state is ``full``."""
+        """Return when there is room for enough keys to be worth making; meanwhile the state is ``full``."""
         least = max(1, self._store.max_key_count // _FULL)
         while max(self.room()) < least:
             self._figures.set_state("full", "production pauses until keys are fetched")
@@ -82,19 +82,19 @@ class StoreSink:
         self._figures.set_state("running")
 
     def hold(self, keys: list[SecretKey]) -> None:
-        """For masters at the other side."""
+        """Store keys for masters at the other side."""
         self._put(keys, available=False)
 
     def offer(self, keys: list[SecretKey]) -> None:
-        """For masters at this side."""
+        """Store keys for masters at this side."""
         self._put(keys, available=True)
 
     def settle(self) -> None:
-        """The other side has them, too."""
+        """Settle the keys in doubt: the other side has them, too."""
         self._store.in_doubt.clear()
 
     def drop(self) -> None:
-        """The other side has not."""
+        """Drop the keys in doubt: the other side does not have them."""
         self._store.drop(self._store.in_doubt)
         self._store.in_doubt.clear()
 
@@ -113,13 +113,13 @@ class QKDSide:
         side: "a" or "b".
         pki: certificates of KMEs and SAEs.
         settings: of the protocol; the same on both sides.
-        optics: of the link; the same on both sides, but for what the switches change.
+        optics: of the link; the same on both sides, except for the changes made by the switches.
         buffer: keys stored of each direction.
         local_slaves: see `KME`.
         on_delivery: called with every delivery.
-        secret: shared by both sides, which know each other by it at first instead of by the KMEs' certificates.
-        rebootstrap: whether a peer that has lost the keys of the link may start anew without them.
-        paced: whether pulses are sent no faster than the source's rate.
+        secret: shared by both sides, which authenticate with it at first instead of the KMEs' certificates.
+        rebootstrap: True if a peer that has lost the keys of the link may start anew without them.
+        paced: True if pulses are sent no faster than the source's rate.
     """
 
     def __init__(
@@ -214,18 +214,18 @@ class QKDSide:
     # --- start and stop
 
     async def start(self, host: str, port: int) -> None:
-        """Start the KME, and what listens at side A; then see `kme.port`."""
+        """Start the KME, and the listeners of side A; then see `kme.port`."""
         await self.kme.start(host, port, self._context)
         self._tasks.append(asyncio.create_task(self._tick()))
 
     async def listen(self, host: str, link_port: int = 0, fibre_port: int = 0) -> tuple[int, int]:
-        """Side A: listen for side B. The ports, of the KMEs' link and of the fibre, which are free ones for 0."""
+        """Listen for side B, at side A; return the ports of link and fibre, which are free ones for 0."""
         assert isinstance(self._sync, ListeningSync)
         self.figures.set_state("down", "waiting for side B")
         return await self._sync.start(host, link_port), await self._fibre.start(host, fibre_port)
 
     def connect(self, link: tuple[str, int], fibre: tuple[str, int]) -> None:
-        """Side B: connect to side A, again and again."""
+        """Connect side B to side A, again and again."""
         assert isinstance(self._sync, ConnectingSync)
         self._sync.start(*link)
         self._tasks.append(asyncio.create_task(self._connect(*fibre)))

@@ -1,12 +1,12 @@
 """The two channels of a link between its sides, as TCP connections: the fibre and the classical channel.
 
-Side A listens, side B connects twice for each session. Each connection begins with `_MAGIC`, one byte that tells which
-of the two it is, and the session's 16 random bytes, which join them. After that the fibre carries frames of photons
-from A to B: number (4 bytes) and length (4), big-endian, and the photons. What the classical channel carries is for
-`kms_client.emulator.link.authentication`.
+Side A listens, side B connects twice for each session. Each connection begins with `_MAGIC`, one byte for its
+kind, and the session's 16 random bytes, which join them. After that the fibre carries frames of photons from
+A to B: number (4 bytes) and length (4), big-endian, and the photons. The content of the classical channel is
+defined in `kms_client.emulator.link.authentication`.
 
-The connection that stands in for the fibre is not protected: whoever is on it is an eavesdropper who sees which photons
-pass, as nobody can on a real one. So it belongs on loopback, or on a network of one's own.
+The connection that stands in for the fibre is not protected: an eavesdropper on it sees the photons that
+pass, which is impossible on a real fibre. So it belongs on loopback, or on a private network.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class FibreConnection:
         self._reader, self._writer = streams
 
     async def send(self, number: int, photons: Photons) -> None:
-        """Send a frame. Raises OSError where the connection has ended."""
+        """Send a frame. Raises OSError if the connection has ended."""
         data = photons.to_bytes()
         self._writer.write(_HEAD.pack(number, len(data)))
         self._writer.write(data)
         await self._writer.drain()
 
     async def receive(self) -> tuple[int, Photons]:
-        """The next frame. Raises OSError or EOFError where the connection has ended, ValueError for garbage."""
+        """Return the next frame. Raises OSError or EOFError if the link ended, ValueError for garbage."""
         number, length = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
         if length > _MAX_FRAME:
             raise ValueError(f"a frame of photons has {length} bytes")
@@ -82,7 +82,7 @@ class FibreListener:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which is a free one for 0."""
+        """Listen; return the port, which is a free one for 0."""
         self._server = await asyncio.start_server(self._accept, host, port)
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -135,7 +135,7 @@ class FibreListener:
 
 
 async def connect(host: str, port: int) -> Channels:
-    """Side B's end of a new session. Raises OSError where side A does not listen."""
+    """Open side B's end of a new session. Raises OSError if side A does not listen."""
     join = os.urandom(_JOIN_BYTES)
     opened: list[Streams] = []
     try:

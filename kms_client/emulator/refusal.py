@@ -1,4 +1,4 @@
-"""A request that a KME refuses, over whichever interface."""
+"""A request that a KME refuses, on any interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Refused(Exception):
 
 
 def query_integer(request: web.Request, name: str) -> int | None:
-    """A number in the query; None where it is not there.
+    """Return a number in the query; None if it is absent.
 
     Raises:
         Refused: it is not a number.

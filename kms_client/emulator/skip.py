@@ -32,7 +32,7 @@ class SkipInterface:
         self._kme = kme
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
-        """GET only: aiohttp answers other methods with 405."""
+        """Add GET only; aiohttp answers other methods with 405."""
         router.add_get("/capabilities", self._capabilities, allow_head=False)
         router.add_get("/key", self._new_key, allow_head=False)
         router.add_get("/key/{key_id}", self._key_by_id, allow_head=False)
@@ -89,5 +89,5 @@ class SkipInterface:
 
 
 def _literal(sae_id: str) -> str:
-    """The glob that matches this ID and no other."""
+    """Return the glob that matches this ID and no other."""
     return re.sub(r"[*?[]", r"[\g<0>]", sae_id)

@@ -1,4 +1,4 @@
-"""Where the keys of an emulated QKD link come from."""
+"""The sources of the keys of an emulated QKD link."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["KeySource", "OSRandomSource"]
 
 
 class KeySource(Protocol):
-    """Makes the keys that both ends of a link share."""
+    """A source of the keys that both ends of a link share."""
 
     @property
     def key_size(self) -> int:
@@ -17,11 +17,11 @@ class KeySource(Protocol):
         ...
 
     def due(self, seconds: float) -> int:
-        """How many keys the link has made in these `seconds`, which follow those of the last call."""
+        """Return the number of keys made in these `seconds`, which follow those of the last call."""
         ...
 
     def make(self) -> bytearray:
-        """One key."""
+        """Return one key."""
         ...
 
 
@@ -52,10 +52,10 @@ class OSRandomSource:
         return self._key_size
 
     def due(self, seconds: float) -> int:
-        """How many keys the rate gives in these seconds; fractions are kept for the next call."""
+        """Return the number of keys for these seconds at the rate; fractions are kept for the next call."""
         whole, self._fraction = divmod(self._fraction + self._rate * seconds, 1.0)
         return int(whole)
 
     def make(self) -> bytearray:
-        """One key of random bits."""
+        """Return one key of random bits."""
         return bytearray(os.urandom(self._key_size // 8))

@@ -1,7 +1,7 @@
-"""One KME's end of a QKD link: the keys it holds and to whom it has delivered which.
+"""One KME's end of a QKD link: the keys it holds, and the SAEs to which it has delivered keys.
 
-Every key is made for one direction, that is for one KME whose SAEs may be its masters. So the two ends never
-pick the same key at the same time. A key goes this way:
+Every key is made for one direction, that is for the one KME whose SAEs may be its masters. So the two ends
+never pick the same key at the same time. The life of a key:
 
 - at the master's end: available -> taken (gone);
 - at the slave's end: held -> assigned to a master and its slaves -> fetched by each slave (gone).
@@ -30,10 +30,10 @@ class Delivery(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What the master's KME tells the slaves' KME before it delivers a key.
+    """A message from the master's KME to the slaves' KME before a key is delivered.
 
-    A key of another size than the link makes is put together from several of its keys, or cut: its bits are
-    the first `size` bits of its `parts` in order. Its ID is that of its first part.
+    A key of another size than the link makes is composed of several of its keys, or cut: its bits are the
+    first `size` bits of its `parts` in order. Its ID is that of its first part.
     """
 
     key_id: str
@@ -43,7 +43,7 @@ class Assignment(NamedTuple):
     slave_sae_ids: tuple[str, ...]
 
     def without(self, sae_ids: Collection[str]) -> Assignment:
-        """The same with fewer slaves, perhaps none."""
+        """Return the same assignment with fewer slaves, perhaps none."""
         return self._replace(slave_sae_ids=tuple(sae for sae in self.slave_sae_ids if sae not in sae_ids))
 
 
@@ -52,7 +52,7 @@ class NotFound(Exception):
 
 
 class NotASlave(Exception):
-    """The SAE is not one of those a key was assigned to."""
+    """The SAE is not one of those to which a key was assigned."""
 
 
 @dataclass
@@ -68,8 +68,8 @@ class KeyStore:
 
     Args:
         key_size: of every key the link makes, in bits.
-        max_key_count: keys of each direction; also of assigned keys, of which the oldest are dropped first,
-            for a slave may never ask for them.
+        max_key_count: keys of each direction; also of assigned keys. The oldest of these are dropped first,
+            because a slave may never ask for them.
     """
 
     def __init__(self, key_size: int, max_key_count: int) -> None:
@@ -94,7 +94,7 @@ class KeyStore:
         return len(self._held)
 
     def parts_needed(self, size: int) -> int:
-        """How many of the link's keys a key of `size` bits takes."""
+        """Return the number of the link's keys that a key of `size` bits takes."""
         return -(-size // self.key_size)
 
     def put(self, key_id: str, secret: bytearray, *, available: bool) -> None:
@@ -142,7 +142,7 @@ class KeyStore:
         )
 
     def fetch(self, key_ids: Sequence[str], master_sae_id: str, slave_sae_id: str) -> list[bytearray]:
-        """The keys with these IDs, for one of their slaves, which can fetch each once.
+        """Return the keys with these IDs, for one of their slaves, which can fetch each once.
 
         Raises:
             NotFound: one is not assigned by that master, or was fetched already; none is delivered.
@@ -167,23 +167,23 @@ class KeyStore:
         return secrets
 
     def unassigned_ids(self) -> list[str]:
-        """IDs of the keys that both ends must have: not yet taken here nor assigned by the other end."""
+        """Return the IDs of keys that both ends must have: neither taken here nor assigned by the other."""
         return [*self._available, *self._held]
 
     def keep_only(self, key_ids: Iterable[str], told: Iterable[str] | None = None) -> int:
-        """Drop unassigned keys the other end does not have; how many were dropped.
+        """Drop unassigned keys the other end does not have; return how many.
 
         Args:
-            key_ids: those that the other end has.
-            told: those that this end had when it told the other; younger ones, which the other may not have known
-                yet, stay. None for all.
+            key_ids: IDs of the keys that the other end has.
+            told: IDs of the keys that this end had when it told the other; younger ones, which the other may
+                not know yet, stay. None for all.
         """
         known = set(key_ids) | self.in_doubt
         candidates = self.unassigned_ids() if told is None else told
         return self.drop(key_id for key_id in candidates if key_id not in known)
 
     def drop(self, key_ids: Iterable[str]) -> int:
-        """Drop these, if they are not taken or assigned yet; how many were dropped."""
+        """Drop these keys, if they are not taken or assigned yet; return how many."""
         dropped = 0
         for key_id in tuple(key_ids):
             secret = self._available.pop(key_id, None) or self._held.pop(key_id, None)

@@ -1,8 +1,8 @@
 """The page that shows an emulated link, over HTTP on this host.
 
-There is no login: it listens on loopback only, answers only requests that name this host (so that no web page elsewhere
-can reach it under a name of its own), and takes changes only as JSON, which forms of other pages cannot send. It shows
-key IDs, never keys.
+There is no login: the server listens on loopback only, answers only requests that name this host (so that no
+web page elsewhere can reach it under a name of its own), and accepts changes only as JSON, which forms of
+other pages cannot send. The page shows key IDs, never keys.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _MAX_BODY: Final = 10_000  # bytes
 
 
 class WatchPage:
-    """Serves the page.
+    """The server of the page.
 
     Args:
-        sides: the figures of the sides that run in this process, A's first. The switches are those of the first.
+        sides: the figures of the sides that run in this process, A's first. The switches belong to the first.
     """
 
     def __init__(self, sides: Sequence[Figures]) -> None:

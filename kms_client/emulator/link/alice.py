@@ -1,4 +1,4 @@
-"""Alice: the transmitter, whose keys are the reference, and who decides how many keys go where."""
+"""Alice: the transmitter, whose keys are the reference, and who decides where keys go."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Alice(Party):
     """The transmitter's side of the protocol.
 
     Args:
-        line: transmitter and fibre; what `controls` say is done to it before each frame.
+        line: transmitter and fibre; the changes of `controls` are made to it before each frame.
         controls: the switches.
-        paced: whether pulses are sent no faster than the source's rate allows; else as fast as they can be computed.
+        paced: True if pulses are sent no faster than the source's rate allows; else as fast as they can be
+            computed.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Alice(Party):
         offload: Offload = inline,
         offload_optics: Offload = inline,
     ) -> None:
-        """Do nothing yet."""
+        """Start without doing anything."""
         super().__init__(settings, sink, reserve, capacity, figures, offload, offload_optics)
         self._line = line
         self._controls = controls
@@ -78,11 +79,11 @@ class Alice(Party):
         self._apply_controls()
 
     async def run(self, conversation: Conversation, send_photons: _SendPhotons) -> None:
-        """One session: make keys until it is cancelled or something fails.
+        """Run one session: make keys until it is cancelled or something fails.
 
         Raises:
             LinkError: Bob does not follow the protocol, or has other settings.
-            Exception: whatever the channels raise.
+            Exception: an error of the channels.
         """
         await self._begin(conversation)
         frames: _Frames = asyncio.Queue()
@@ -125,7 +126,7 @@ class Alice(Party):
         self.figures.optics |= described(self._line.optics)
 
     def _frame_pulses(self) -> int:
-        """Pulses in a frame: a part of a block for the optics and the rest to go on at the same time."""
+        """Return the number of pulses in a frame: part of a block, so that optics and the rest overlap."""
         optics, source = self._line.optics, self.settings.source
         mean = float(np.dot(source.intensities, source.probabilities))
         expected = mean * optics.transmittance * optics.detector.efficiency * source.key_basis**2
@@ -205,7 +206,7 @@ class Alice(Party):
             self.figures.sifted(sifted.key_bits.size, tally.sifted, self.settings.block_bits)
 
     async def _reconcile(self, conversation: Conversation, reference: Reference) -> int:
-        """Answer Bob's questions; returns how many errors he has found."""
+        """Answer Bob's questions; return the number of errors he has found."""
         while True:
             kind, body = await self._receive(conversation, Kind.QUESTION, Kind.DONE)
             if kind == Kind.DONE:
@@ -220,7 +221,7 @@ class Alice(Party):
             await self._send(conversation, Kind.ANSWER, answer, last=False)
 
     def _share(self, length: int) -> Share:
-        """First the reserve is filled up, then the direction with fewer keys, as far as there is room.
+        """Return the share: fill up the reserve first, then the direction with fewer keys, if there is room.
 
         Raises Aborted if there is nothing to share out.
         """
@@ -248,7 +249,7 @@ class Alice(Party):
 
 
 def described(optics: Optics) -> dict[str, float]:
-    """The optics in numbers, for operators."""
+    """Return the optics in numbers, for operators."""
     source, detector = optics.source, optics.detector
     return {
         "pulse_rate_hz": source.pulse_rate,

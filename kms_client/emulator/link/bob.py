@@ -58,18 +58,18 @@ class Bob(Party):
         offload: Offload = inline,
         offload_optics: Offload = inline,
     ) -> None:
-        """Do nothing yet."""
+        """Start without doing anything."""
         super().__init__(settings, sink, reserve, capacity, figures, offload, offload_optics)
         self._receiver = receiver
         # The keys for masters here, and what is to be reported, until Alice has stored the block.
         self._waiting: tuple[list[SecretKey], Block | None] = [], None
 
     async def run(self, conversation: Conversation, receive_photons: _ReceivePhotons) -> None:
-        """One session: make keys until it is cancelled or something fails.
+        """Run one session: make keys until it is cancelled or something fails.
 
         Raises:
             LinkError: Alice does not follow the protocol, or has other settings.
-            Exception: whatever the channels raise.
+            Exception: an error of the channels.
         """
         await self._begin(conversation)
         detections: _Detections = asyncio.Queue(_FRAMES_AHEAD)
@@ -96,7 +96,7 @@ class Bob(Party):
         self._open(ours, ready)
 
     def _commit(self) -> None:
-        """Alice has stored the block that this side waits for."""
+        """Settle the block that this side waits for: Alice has stored it."""
         keys, outcome = self._waiting
         assert outcome is not None
         self._sink.offer(keys)
@@ -106,7 +106,7 @@ class Bob(Party):
         self._doubt = NO_DOUBT
 
     def _give_up(self) -> None:
-        """Alice has not stored it."""
+        """Drop the block that this side waits for: Alice has not stored it."""
         for _, secret in self._waiting[0]:
             secret[:] = bytes(len(secret))
         self._sink.drop()
@@ -195,7 +195,7 @@ class Bob(Party):
     def _parse_final(
         self, body: bytes, size: int
     ) -> tuple[bytes, Share, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-        """The challenge, the share and the seed."""
+        """Return the challenge, the share and the seed."""
         head = CHALLENGE_BYTES + SHARE_BYTES
         if len(body) < head:
             raise LinkError(f"a final message has at least {head} bytes, not {len(body)}")

@@ -27,14 +27,14 @@ class Controls:
         length_km: of the fibre, 0 to 500.
         extra_loss_db: that an eavesdropper causes, 0 to 100.
         intercept: fraction of the pulses that an eavesdropper measures and sends again, 0 to 1.
-        splitting: fraction of the pulses with several photons of which an eavesdropper keeps one, 0 to 1.
-        middle: what a man in the middle does on the classical channel, one of `MIDDLE`.
-        paused: whether the link is cut: fibre and classical channel.
-        on_change: called after each change with the names of what has changed and their new values.
+        splitting: fraction of the pulses with several photons from which an eavesdropper keeps one, 0 to 1.
+        middle: the action of a man in the middle on the classical channel, one of `MIDDLE`.
+        paused: True if the link is cut: fibre and classical channel.
+        on_change: called after each change with the names of the changed switches and their new values.
     """
 
     def __init__(self, length_km: float = 0.0) -> None:
-        """Everything off, on a fibre of this length."""
+        """Switch everything off, on a fibre of this length."""
         self.length_km = length_km
         self.extra_loss_db = 0.0
         self.intercept = 0.0
@@ -44,7 +44,7 @@ class Controls:
         self.on_change: Callable[[dict[str, Any]], None] = lambda changed: None
 
     def snapshot(self) -> dict[str, Any]:
-        """All values by name; JSON-able."""
+        """Return all values by name; JSON-able."""
         return {
             "length_km": self.length_km,
             "extra_loss_db": self.extra_loss_db,
@@ -55,7 +55,7 @@ class Controls:
         }
 
     def change(self, values: Mapping[str, object]) -> None:
-        """Set some of them; all or none.
+        """Set some switches; all or none.
 
         Raises:
             ValueError: there is no such switch, or it cannot have that value.

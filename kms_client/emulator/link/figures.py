@@ -1,4 +1,4 @@
-"""What an operator sees of one side of a link: counters, rates, a history, events. No keys."""
+"""The operator's view of one side of a link: counters, rates, a history, events. No keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EVENTS: Final = 200
 
 
 class Block(NamedTuple):
-    """A block that is done with; sizes in bits."""
+    """A finished block; sizes in bits."""
 
     number: int
     sifted: int  # of the key basis
@@ -41,12 +41,12 @@ class Figures:
         controls: the switches, of the side that has them.
         stored: keys stored now, for masters at A and for masters at B.
         capacity: keys of each direction that there is room for.
-        names: whatever else is to stand at the top of the snapshot; JSON-able.
-        clock: gives seconds since 1970.
+        names: further entries at the top of the snapshot; JSON-able.
+        clock: returns seconds since 1970.
 
     Attributes:
-        optics: what is known of the optics; JSON-able.
-        authentication: gives the figures of the authenticated channel: ``mode`` (text), ``reserve_keys``,
+        optics: the known parameters of the optics; JSON-able.
+        authentication: returns the figures of the authenticated channel: ``mode`` (text), ``reserve_keys``,
             ``reserve_target``, ``made_bits``, ``spent_bits``, ``bootstraps``, ``failures`` (numbers).
     """
 
@@ -60,7 +60,7 @@ class Figures:
         names: dict[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Start with nothing done."""
+        """Start with empty counters."""
         self.side = side
         self.controls = controls
         self.optics: dict[str, Any] = {}
@@ -92,7 +92,7 @@ class Figures:
     # --- what happens
 
     def set_state(self, state: str, note: str = "") -> None:
-        """The link is in another state; an event if it was not in it before."""
+        """Record the link's state; a new state is an event."""
         if (state, note) == (self.state, self.note):
             return
         self.state, self.note = state, note
@@ -100,20 +100,20 @@ class Figures:
         self.event(f"{state}: {note}" if note else state)
 
     def event(self, text: str) -> None:
-        """Something that an operator should know. A repetition of the last one is counted, not listed."""
+        """Record a notice for the operator. A repetition of the last one is counted, not listed."""
         if self._events and self._events[-1]["text"] == text:
             self._events[-1] = {"time": self._clock(), "text": text, "count": self._events[-1]["count"] + 1}
         else:
             self._events.append({"time": self._clock(), "text": text, "count": 1})
 
     def sifted(self, bits: int, so_far: int, wanted: int) -> None:
-        """A frame gave `bits` sifted bits; the block under way has `so_far` of those `wanted`."""
+        """Record a frame of `bits` sifted bits; the block under way has `so_far` of those `wanted`."""
         self.sifted_bits += bits
         self._progress = (so_far, wanted)
         self._count(bits, 0)
 
     def block(self, block: Block) -> None:
-        """A block is done with."""
+        """Record a finished block."""
         self.last = block
         now = self._clock()
         self._window = max(_WINDOW, _BLOCKS * (now - self._ended))
@@ -130,12 +130,12 @@ class Figures:
         self._count(0, block.secret)
 
     def delivery(self, key_id: str, sae_id: str, role: str) -> None:
-        """A key was delivered to an SAE."""
+        """Record a key that was delivered to an SAE."""
         self.delivered[role] += 1
         self._deliveries.append({"time": self._clock(), "key_id": key_id, "sae_id": sae_id, "role": role})
 
     def tick(self) -> None:
-        """Put down a point of the history; call it about once a second."""
+        """Record a point of the history; call it about once a second."""
         sifted, secret = self._rates()
         for_a, for_b = self._stored()
         authentication = self.authentication()
@@ -161,7 +161,7 @@ class Figures:
         return spent / self.secret_bits if self.secret_bits else None
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, as JSON-able objects."""
+        """Return everything, as JSON-able objects."""
         sifted, secret = self._rates()
         for_a, for_b = self._stored()
         return {
@@ -208,7 +208,7 @@ class Figures:
         self._recent.append((self._clock(), sifted, secret))
 
     def _rates(self) -> tuple[float, float]:
-        """Sifted and secret bits a second, over the last seconds, or blocks where these are slow."""
+        """Return sifted and secret bits a second, over the last seconds, or blocks if these are slow."""
         now = self._clock()
         while self._recent and self._recent[0][0] <= now - self._window:
             self._recent.popleft()

@@ -1,18 +1,18 @@
-"""The messages of a block, and what ends one.
+"""The messages of a block, and the ways in which a block ends.
 
-A block, with Alice (the transmitter) and Bob (the receiver). Each arrow is a message on the classical channel; one in
-several parts has one tag, which comes with the last part:
+A block, with Alice (the transmitter) and Bob (the receiver). Each arrow is a message on the classical
+channel; a message in several parts has one tag, which comes with the last part:
 
-1. Bob -> Alice, in parts: for each frame what was detected, then the questions of Cascade, at last DONE.
-   Alice -> Bob, in parts: for each frame what was kept, then the answers of Cascade, at last FINAL: the challenge of
-   verification, the seed of the Toeplitz matrix, and how many keys go where.
+1. Bob -> Alice, in parts: for each frame the detections, then the questions of Cascade, at last DONE.
+   Alice -> Bob, in parts: for each frame the bits that count, then the answers of Cascade, at last FINAL: the
+   challenge of verification, the seed of the Toeplitz matrix, and the share of keys for each purpose.
 2. Bob -> Alice: CONFIRM. Bob's corrected block is verified, he holds the keys for Alice's masters.
 3. Alice -> Bob: COMMITTED. Alice has stored all keys; now Bob stores those for his own masters.
 
-So a key is offered to masters at one side only when the other side holds it. Either side can end a block in step 1 with
-ABORT as its last part; the other does the same, unless it has sent its last part, and nothing comes of the block. Keys
-of a block for which the last message is lost are in doubt: in the next session Bob tells which block he waits for, and
-Alice tells whether she has stored it.
+So a key is offered to masters at one side only when the other side holds it. Either side can end a block in
+step 1 with ABORT as its last part; the other then does the same, unless it has sent its last part, and the
+block gives no key. Keys of a block for which the last message is lost are in doubt: in the next session Bob
+names the block that he waits for, and Alice tells him if she has stored it.
 
 Nothing that arrives is used for good before the tag over it was checked.
 """
@@ -47,7 +47,7 @@ class LinkError(Exception):
 
 
 class Reason(IntEnum):
-    """Why nothing comes of a block; the second byte of ABORT."""
+    """The reason why a block gives no key; the second byte of ABORT."""
 
     QBER = 1
     RECONCILIATION = 2
@@ -56,7 +56,7 @@ class Reason(IntEnum):
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The reason in words."""
         return _REASONS[self]
 
 
@@ -69,15 +69,15 @@ _REASONS: Final = {
 
 
 class Aborted(Exception):
-    """Nothing comes of this block.
+    """A block that gives no key.
 
     Attributes:
-        reason: why.
-        heard: whether the other side has said so, and with that ended its message.
+        reason: the reason.
+        heard: True if the other side has reported it, which ends its message.
     """
 
     def __init__(self, reason: Reason, *, heard: bool = False) -> None:
-        """Keep both."""
+        """Keep both arguments."""
         super().__init__(reason.text)
         self.reason = reason
         self.heard = heard
@@ -113,12 +113,12 @@ class Conversation(Protocol):
         ...
 
     async def receive(self) -> Part:
-        """The next part. Raises an exception of its own where the channel fails."""
+        """Return the next part. Raises an exception of its own if the channel fails."""
         ...
 
 
 class Doubt(NamedTuple):
-    """A block of which this side does not know whether the other has stored it."""
+    """A block of which this side does not know if the other has stored it."""
 
     session: bytes
     number: int
@@ -134,14 +134,14 @@ class Ready(NamedTuple):
     doubt: Doubt  # Bob: waits for word on this block. Alice: has stored it. Zeros: none
 
     def to_bytes(self) -> bytes:
-        """The part."""
+        """Return the part."""
         return bytes([Kind.READY]) + _READY.pack(
             self.instance, self.nonce, self.settings, self.capacity, *self.doubt
         )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Ready:
-        """Raises LinkError for anything else."""
+        """Parse a part. Raises LinkError for anything else."""
         if len(data) != _READY.size:
             raise LinkError(f"the first message has {_READY.size} bytes, not {len(data)}")
         instance, nonce, settings, capacity, session, number = _READY.unpack(data)
@@ -152,7 +152,7 @@ NO_DOUBT: Final = Doubt(bytes(16), 0)
 
 
 class Share(NamedTuple):
-    """How the secret bits of a block are shared out: first to the reserve, then to keys."""
+    """The division of a block's secret bits: first to the reserve, then to keys."""
 
     length: int  # secret bits
     material: int  # bytes for the reserve
@@ -167,16 +167,16 @@ class Share(NamedTuple):
         return self.one_time_a_to_b, self.one_time_b_to_a
 
     def bits(self, key_size: int) -> int:
-        """How many secret bits that takes."""
+        """Return the number of secret bits that the share takes."""
         return 8 * self.material + key_size * (self.for_a + self.for_b)
 
     def to_bytes(self) -> bytes:
-        """Of a fixed size."""
+        """Return bytes of a fixed size."""
         return _SHARE.pack(*self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Share:
-        """Raises `struct.error` for another length."""
+        """Parse a share. Raises `struct.error` for another length."""
         return cls(*_SHARE.unpack(data))
 
 

@@ -1,4 +1,4 @@
-"""What both sides of a link have in common: a session, and how the secret bits of a block become keys."""
+"""The common part of both sides of a link: a session, and the way from a block's secret bits to keys."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class BlockKeys(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where keys go: the store of a KME."""
+    """A store for keys: that of a KME."""
 
     def room(self) -> tuple[int, int]:
-        """How many keys there is room for: for masters at A, for masters at B."""
+        """Return the numbers of keys that there is room for: for masters at A, for masters at B."""
         ...
 
     async def wait_for_room(self) -> None:
@@ -78,25 +78,25 @@ class Sink(Protocol):
         ...
 
     def hold(self, keys: list[SecretKey]) -> None:
-        """Store keys for masters at the other side; whether they are there, too, is in doubt until `settle`."""
+        """Store keys for masters at the other side; until `settle` they may be missing there."""
         ...
 
     def offer(self, keys: list[SecretKey]) -> None:
-        """Store keys for masters at this side; whether the other side holds them is in doubt until `settle`."""
+        """Store keys for masters at this side; until `settle` the other side may lack them."""
         ...
 
     def settle(self) -> None:
-        """The keys in doubt are on both sides."""
+        """Settle the keys in doubt: they are on both sides."""
         ...
 
     def drop(self) -> None:
-        """The keys in doubt are not on both sides: forget those that are still stored."""
+        """Forget the keys in doubt that are still stored: they are not on both sides."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides must have agreed on beforehand; sizes in bits."""
+    """The settings that both sides must have agreed on beforehand; sizes in bits."""
 
     source: Source = DEFAULT.source
     security: Security = _SECURITY
@@ -119,12 +119,12 @@ class Settings:
             raise ValueError(f"the reserve has 8 to 10000 one-time keys, not {self.reserve}")
 
     def digest(self) -> bytes:
-        """32 bytes that are equal on both sides if the settings are."""
+        """Return 32 bytes that are equal on both sides if the settings are."""
         return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).digest()
 
 
 def key_id(session: bytes, block: int, position: int) -> str:
-    """The ID of a key: made from what is public and the same on both sides, as a UUID of version 8 (RFC 9562)."""
+    """Return the ID of a key: public and the same on both sides, as a UUID of version 8 (RFC 9562)."""
     digest = hashlib.sha256(b"key of a QKD link" + session + struct.pack(">II", block, position)).digest()
     number = int.from_bytes(digest[:16], "big")
     number = number & ~(0xF << 76) | 8 << 76
@@ -137,7 +137,7 @@ async def inline(function: Callable[[*_Ts], _T], *arguments: *_Ts) -> _T:
 
 
 class Offload(Protocol):
-    """`inline`, or something that computes elsewhere."""
+    """The type of `inline`, or of a function that computes elsewhere."""
 
     def __call__(self, function: Callable[[*_Ts], _T], *arguments: *_Ts) -> Awaitable[_T]:
         """Compute `function(*arguments)`."""
@@ -145,16 +145,16 @@ class Offload(Protocol):
 
 
 class Party:
-    """What Alice and Bob have in common.
+    """The common part of Alice and Bob.
 
     Args:
         settings: the same on both sides.
-        sink: where keys go.
+        sink: the destination of keys.
         reserve: of one-time keys.
         capacity: keys of each direction that the sink has room for.
         figures: for operators.
-        offload: how to compute what takes long: one call at a time.
-        offload_optics: the same for what emulates the optics, which goes on meanwhile.
+        offload: runs long computations, one call at a time.
+        offload_optics: the same for the emulation of the optics, which runs at the same time.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Party:
         offload: Offload = inline,
         offload_optics: Offload = inline,
     ) -> None:
-        """Do nothing yet."""
+        """Start without doing anything."""
         self.settings = settings
         self.figures = figures
         self.instance = os.urandom(16)
@@ -183,7 +183,7 @@ class Party:
     # --- a session
 
     async def _side_by_side(self, *work: Coroutine[Any, Any, None]) -> None:
-        """Until the first of them ends or fails: then the others are cancelled, too, and the failure is raised."""
+        """Run all until the first ends or fails; then cancel the others, and raise the failure."""
         tasks = [asyncio.create_task(part) for part in work]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -198,7 +198,7 @@ class Party:
     async def _blocks(
         self, conversation: Conversation, make: Callable[[int, Tally], Awaitable[None]]
     ) -> None:
-        """One block after the other, each made by `make` from its number and an empty tally."""
+        """Run one block after the other, each made by `make` from its number and an empty tally."""
         for number in count(1):
             tally = Tally()
             try:
@@ -213,11 +213,11 @@ class Party:
         await conversation.send(bytes([kind]) + body, last=last)
 
     async def _receive(self, conversation: Conversation, *kinds: Kind) -> tuple[Kind, bytes]:
-        """The next part, which is of one of these kinds: its kind and its body.
+        """Return the kind and the body of the next part, which must be of one of these kinds.
 
         Raises:
             Aborted: the other side ends the block.
-            LinkError: it is of another kind.
+            LinkError: the part is of another kind.
         """
         data, last = await conversation.receive()
         kind = data[0] if data else 0
@@ -233,7 +233,7 @@ class Party:
         return Kind(kind), data[1:]
 
     async def _end(self, conversation: Conversation, aborted: Aborted) -> None:
-        """End this side's message of a block that comes to nothing, and hear the end of the other's."""
+        """End this side's message of a block that gives no key, and await the end of the other's."""
         await self._send(conversation, Kind.ABORT, bytes([aborted.reason]), last=True)
         while not aborted.heard:
             aborted.heard = (await conversation.receive()).last
@@ -241,7 +241,7 @@ class Party:
     # --- what both sides compute
 
     def _open(self, first: Ready, second: Ready) -> None:
-        """The session has begun: both have said that they are ready, Bob first."""
+        """Start the session: both sides have reported that they are ready, Bob first."""
         both = first.to_bytes() + second.to_bytes()
         self._session = hashlib.sha256(b"session of a QKD link" + both).digest()[:16]
 
@@ -257,21 +257,21 @@ class Party:
         return Ready(self.instance, os.urandom(16), self.settings.digest(), self._capacity, self._doubt)
 
     def _check_qber(self, tally: Tally) -> None:
-        """Raises Aborted above the threshold."""
+        """Check the error rate. Raises Aborted above the threshold."""
         if tally.qber > self.settings.qber_threshold:
             raise Aborted(Reason.QBER)
 
     def _estimate(self, tally: Tally) -> float:
-        """The error rate that Cascade is set up for: the same on both sides, never 0."""
+        """Return the error rate that Cascade is set up for: the same on both sides, never 0."""
         checked = int(tally.detections[CHECK_BASIS].sum())
         return min((int(tally.errors.sum()) + 1) / (checked + 2), 0.25)
 
     def _orders(self, number: int) -> bytes:
-        """What the orders of Cascade's passes are made from."""
+        """Return the seed of the orders of Cascade's passes."""
         return hashlib.sha256(b"orders" + self._session + struct.pack(">I", number)).digest()
 
     def _length(self, tally: Tally, leaked: int) -> int:
-        """How many bits are secret after reconciliation told `leaked` of them."""
+        """Return the number of secret bits after reconciliation told `leaked` of them."""
         key, check = (tuple(map(int, tally.detections[basis])) for basis in (KEY_BASIS, CHECK_BASIS))
         counts = BlockCounts(_three(key), _three(check), _three(tuple(map(int, tally.errors))))
         length = secret_length(
@@ -280,7 +280,7 @@ class Party:
         return min(length, tally.sifted)
 
     def _cut(self, block: int, secret: Bits, share: Share) -> tuple[bytearray, BlockKeys]:
-        """The refill of the reserve, and the keys."""
+        """Return the refill of the reserve, and the keys."""
         refill_bits = 8 * share.material
         refill = bytearray(np.packbits(secret[:refill_bits]))
         size = self.settings.key_size
@@ -312,7 +312,7 @@ class Party:
         leaked: int = 0,
         share: Share | None = None,
     ) -> Block:
-        """What became of a block; `reason` if nothing did."""
+        """Return the outcome of a block; `reason` if it gave no key."""
         size = self.settings.key_size
         keys = 0 if share is None else share.for_a + share.for_b
         refill = 0 if share is None else 8 * share.material

@@ -1,14 +1,15 @@
-"""Sifting: which detections count. The receiver announces them, the transmitter replies.
+"""Sifting: the selection of the detections that count. The receiver announces them, the transmitter replies.
 
-For each frame the receiver tells in which pulses something was detected, in which basis, and the bits of the check
-basis. The transmitter tells where the bases were equal, and of those pulses the intensities and its bits of the check
-basis. Bits of the key basis are never told.
+For each frame the receiver tells the pulses in which something was detected, their bases, and the bits of the
+check basis. The transmitter tells the pulses of equal bases, and for those the intensities and its bits of
+the check basis. Bits of the key basis are never told.
 
-Both messages are of a fixed form, numbers big-endian, bits packed from the most significant one on and padded with
-zeros. Announcement: the frame's number (4 bytes), how many detections (4), the width of a distance (1 byte: 1, 2 or 4),
-the distance of each detection from the one before (the first: from -1), the bases, the bits of the check basis. Reply:
-the frame's number (4), how many detections (4), where the bases are equal; then for these: the high and the low bits
-of the intensities' numbers, and the transmitter's bits of the check basis.
+Both messages are of a fixed form, numbers big-endian, bits packed from the most significant one on and padded
+with zeros. Announcement: the frame's number (4 bytes), the number of detections (4), the width of a distance
+(1 byte: 1, 2 or 4), the distance of each detection from the one before (the first: from -1), the bases, the
+bits of the check basis. Reply: the frame's number (4), the number of detections (4), one bit for each, set if
+the bases are equal; then for those: the high and the low bits of the intensities' numbers, and the
+transmitter's bits of the check basis.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WIDTHS = (1, 2, 4)
 
 @dataclass(frozen=True, eq=False)
 class Sifted:
-    """What both sides keep of a frame."""
+    """The data that both sides keep of a frame."""
 
     key_bits: Bits
     detections: NDArray[np.int64]
@@ -59,18 +60,18 @@ class Tally:
         self._parts.append(frame.key_bits)
 
     def key_bits(self) -> Bits:
-        """The sifted block."""
+        """Return the sifted block."""
         return np.concatenate(self._parts) if self._parts else np.empty(0, dtype=np.uint8)
 
     @property
     def qber(self) -> float:
-        """The share of errors in the check basis; one half where nothing was detected in it."""
+        """The share of errors in the check basis; one half if nothing was detected in it."""
         checked = int(self.detections[CHECK_BASIS].sum())
         return int(self.errors.sum()) / checked if checked else 0.5
 
 
 def announcement(frame: int, clicks: Clicks) -> bytes:
-    """What the receiver says about a frame."""
+    """Return the receiver's message about a frame."""
     distances = np.diff(clicks.indices.astype(np.int64), prepend=-1)
     largest = int(distances.max()) if distances.size else 0
     width = 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
@@ -86,7 +87,7 @@ def announcement(frame: int, clicks: Clicks) -> bytes:
 
 
 def reply(frame: int, sent: Sent, told: bytes) -> tuple[bytes, Sifted]:
-    """What the transmitter answers to an announcement, and what it keeps.
+    """Return the transmitter's answer to an announcement, and the data it keeps.
 
     Raises `ValueError` if the announcement makes no sense, or is about another frame.
     """
@@ -123,7 +124,7 @@ def reply(frame: int, sent: Sent, told: bytes) -> tuple[bytes, Sifted]:
 
 
 def take_reply(frame: int, clicks: Clicks, told: bytes) -> Sifted:
-    """What the receiver keeps, after the transmitter's answer.
+    """Return the data that the receiver keeps, after the transmitter's answer.
 
     Raises `ValueError` if the answer makes no sense, or is about another frame.
     """

@@ -1,10 +1,10 @@
-"""How a message is authenticated: by a one-time key, by a signature, by a shared secret, or by two of these at once.
+"""Authentication of messages: by a one-time key, a signature, a shared secret, or two of these at once.
 
-| authenticator | against whom |
+| authenticator | forgery |
 | --- | --- |
-| one-time key | anybody, whatever they can compute: `forgery_bound` is all they have |
-| signature | whoever cannot break the scheme, or the CA, today; later it is of no use |
-| shared secret | whoever cannot break HMAC-SHA-384; a quantum computer does not help |
+| one-time key | bounded by `forgery_bound`, even for unlimited computing power |
+| signature | needs a break of the scheme, or the CA, at the time; a later break is of no use |
+| shared secret | needs a break of HMAC-SHA-384; a quantum computer does not help |
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _CERTIFICATES: Final = 8  # in a chain, at most
 
 
 def one_time_tag(key: bytes, message: bytes) -> bytes:
-    """The Wegman-Carter tag of a message: Poly1305 (RFC 8439, section 2.5) under a key used for nothing else."""
+    """Return the Wegman-Carter tag of a message: Poly1305 (RFC 8439, section 2.5) under a key used once."""
     return Poly1305.generate_tag(key, message)
 
 
 def check_one_time_tag(key: bytes, message: bytes, tag: bytes) -> None:
-    """Check it.
+    """Check a one-time tag.
 
     Raises:
-        AuthenticationFailed: it is the tag of another message, or made under another key.
+        AuthenticationFailed: the tag is of another message, or made under another key.
     """
     try:
         Poly1305.verify_tag(key, message, tag)
@@ -62,30 +62,31 @@ def check_one_time_tag(key: bytes, message: bytes, tag: bytes) -> None:
 
 
 def forgery_bound(size: int) -> float:
-    """With what probability somebody gets one forgery of a message of up to `size` bytes past `check_one_time_tag`.
+    """Return the probability that one forgery of up to `size` bytes passes `check_one_time_tag`.
 
-    ``8 * ceil(size / 16) / 2**106`` for a key that is uniform and unknown, whatever the forger can compute and even
-    with a tagged message in hand: D. J. Bernstein, "The Poly1305-AES message-authentication code", FSE 2005,
-    theorem 3.3. A session ends at the first failure, so there is one attempt for each message; bounds add up.
-    The probability that the keys themselves are not what privacy amplification promises comes on top.
+    ``8 * ceil(size / 16) / 2**106`` for a key that is uniform and unknown, for a forger of any computing
+    power, even with a tagged message in hand: D. J. Bernstein, "The Poly1305-AES message-authentication
+    code", FSE 2005, theorem 3.3. A session ends at the first failure, so there is one attempt for each
+    message; bounds add up. The probability that the keys themselves fall short of privacy amplification's
+    promise comes on top.
     """
     return 8 * ceil(size / 16) / 2**106
 
 
 class Authenticator(Protocol):
-    """What a bootstrap is authenticated with; keeps no state between messages."""
+    """The authentication of a bootstrap; keeps no state between messages."""
 
     @property
     def name(self) -> str:
-        """What an operator calls it; equal on both sides."""
+        """The operator's name for it; equal on both sides."""
         ...
 
     def sign(self, message: bytes) -> bytes:
-        """A proof that this message is this side's."""
+        """Return a proof that this message comes from this side."""
         ...
 
     def verify(self, message: bytes, proof: bytes) -> None:
-        """Check the peer's proof; `AuthenticationFailed` if it is none."""
+        """Check the peer's proof; raise `AuthenticationFailed` if it is invalid."""
         ...
 
 
@@ -96,7 +97,7 @@ class SharedSecret:
 
     Args:
         secret: `SECRET_BYTES` random bytes or more; not a password.
-        name: what it is called.
+        name: its name for the operator.
 
     Raises:
         ValueError: the secret is too short.
@@ -109,11 +110,11 @@ class SharedSecret:
         self.name = name
 
     def sign(self, message: bytes) -> bytes:
-        """The HMAC, 48 bytes."""
+        """Return the HMAC, 48 bytes."""
         return hmac.digest(self._secret, _block(_DOMAIN) + _block(self.name.encode()) + message, "sha384")
 
     def verify(self, message: bytes, proof: bytes) -> None:
-        """Check it; `AuthenticationFailed` if it is another message's or under another secret."""
+        """Check the HMAC; raise `AuthenticationFailed` for another message or another secret."""
         if not hmac.compare_digest(self.sign(message), proof):
             raise AuthenticationFailed(
                 f"{self.name}: the proof is wrong; do both sides have the same secret?"
@@ -121,17 +122,17 @@ class SharedSecret:
 
 
 class Certificates:
-    """Signatures by ECDSA (P-256, P-384) or ML-DSA, and the X.509 chain that says whose key it is.
+    """Signatures by ECDSA (P-256, P-384) or ML-DSA, with the X.509 chain that names the key's owner.
 
     Args:
         key: this side's private key.
         chain: its certificate, then those between it and the CA.
         authorities: the CAs that the peer's chain may end at.
         peer_id: KME ID that the peer's certificate must name: its common name.
-        clock: gives the time at which certificates must be valid; now by default.
+        clock: returns the time at which certificates must be valid; now by default.
 
     Raises:
-        ValueError: the key is of another kind, or not that of the certificate.
+        ValueError: the key is of another kind, or does not match the certificate.
     """
 
     name = "X.509 certificates"
@@ -155,7 +156,7 @@ class Certificates:
         self._clock = clock
 
     def sign(self, message: bytes) -> bytes:
-        """The certificates and the signature."""
+        """Return the certificates and the signature."""
         text = _signed(message)
         if isinstance(self._key, ec.EllipticCurvePrivateKey):
             signature = self._key.sign(text, ec.ECDSA(_hash_for(self._key.curve)))
@@ -164,7 +165,7 @@ class Certificates:
         return _block(self._chain) + _block(signature)
 
     def verify(self, message: bytes, proof: bytes) -> None:
-        """Check both; `AuthenticationFailed` names the certificate that does not do, or the signature."""
+        """Check both; `AuthenticationFailed` names the certificate that was rejected, or the signature."""
         chain, signature = _blocks(proof, 2)
         key = self._peer_key(chain)
         try:
@@ -198,18 +199,18 @@ class Certificates:
 
 
 class Together:
-    """Two authenticators, both of which must agree: whoever breaks one of them has gained nothing."""
+    """Two authenticators, both of which must agree: an attacker who breaks one has gained nothing."""
 
     def __init__(self, first: Authenticator, second: Authenticator) -> None:
         self._first, self._second = first, second
         self.name = f"{first.name} and {second.name}"
 
     def sign(self, message: bytes) -> bytes:
-        """Both proofs."""
+        """Return both proofs."""
         return _block(self._first.sign(message)) + _block(self._second.sign(message))
 
     def verify(self, message: bytes, proof: bytes) -> None:
-        """Check both; `AuthenticationFailed` if one of them is wrong."""
+        """Check both; raise `AuthenticationFailed` if one of them is wrong."""
         first, second = _blocks(proof, 2)
         self._first.verify(message, first)
         self._second.verify(message, second)

@@ -1,9 +1,9 @@
-"""The authenticated classical channel of a session: messages in, bytes out, and back. No input or output of its own.
+"""The authenticated classical channel of a session: messages in, bytes out, and back; no I/O.
 
-A message goes out in one or more parts. Parts are handed on as they come, provisionally; the last one carries one proof
-over all parts of the message with their order and number, the session, the direction and the message's number. Until a
-part with ``final`` has come, nothing that was received since the one before may have consequences outside the block
-that is being worked on.
+A message goes out in one or more parts. Parts are handed on as they come, provisionally; the last one carries
+one proof over all parts of the message with their order and number, the session, the direction and the
+message's number. Until a part with ``final`` has come, nothing that was received since the one before may
+have consequences outside the current block.
 
 On the wire (numbers big-endian)::
 
@@ -49,7 +49,7 @@ class Received(NamedTuple):
 
     Attributes:
         payload: its bytes.
-        final: whether it is the last one, which authenticates all parts of the message.
+        final: True if it is the last one, which authenticates all parts of the message.
     """
 
     payload: bytes
@@ -68,8 +68,9 @@ class ClassicalChannel:
     Attributes:
         sent: messages sealed.
         received: messages received and found authentic.
-        forgery_bound: with what probability at least one of the messages received with a one-time tag could have been
-            forged, at most; see `kms_client.emulator.link.authentication.authenticators.forgery_bound`.
+        forgery_bound: an upper bound of the probability that at least one of the messages received with a
+            one-time tag was forged; see
+            `kms_client.emulator.link.authentication.authenticators.forgery_bound`.
     """
 
     def __init__(
@@ -89,18 +90,18 @@ class ClassicalChannel:
 
     @property
     def session_id(self) -> bytes:
-        """16 public bytes, equal on both sides, never used before: what keys of the session can be named after."""
+        """16 public bytes, equal on both sides, never used before, for names of the session's keys."""
         return hashlib.sha256(self._session).digest()[:16]
 
     @property
     def one_time(self) -> bool:
-        """Whether messages have one-time tags in both directions by now."""
+        """True if messages have one-time tags in both directions by now."""
         return not any(self._bootstrap.values())
 
     # --- sending
 
     def seal_part(self, payload: bytes) -> bytes:
-        """Bytes for the peer: a part of a message that others follow.
+        """Return bytes for the peer: a part of a message that others follow.
 
         Raises:
             ChannelError: the channel has ended.
@@ -113,10 +114,10 @@ class ClassicalChannel:
         return header + payload
 
     def seal(self, payload: bytes) -> bytes:
-        """Bytes for the peer: a message, or the last part of the one under way, with its proof.
+        """Return bytes for the peer: a message, or the last part of the one under way, with its proof.
 
         Raises:
-            ReserveEmpty: there is no one-time key left; start a new session.
+            ReserveEmpty: no one-time key is left; start a new session.
             ChannelError: the channel has ended.
             ValueError: the part or the message is too large.
         """
@@ -145,7 +146,7 @@ class ClassicalChannel:
     # --- receiving
 
     def receive_data(self, data: bytes) -> list[Received]:
-        """What has come from the peer, in any slices; the parts that are complete now.
+        """Return the parts that are complete now; `data` are bytes of the peer, in any slices.
 
         Raises:
             AuthenticationFailed: something was changed, left out, repeated, moved, inserted, reflected, or comes from
@@ -162,7 +163,7 @@ class ClassicalChannel:
         return found
 
     def preload(self, data: bytes) -> None:
-        """Bytes that came with the end of the session's start; the next `receive_data` looks at them."""
+        """Keep bytes that came with the end of the session's start; the next `receive_data` looks at them."""
         self._buffer += data
 
     def _next(self) -> Received | None:
@@ -222,7 +223,7 @@ class ClassicalChannel:
     # --- both
 
     def _text(self, direction: Direction, number: int, parts: list[bytes]) -> bytes:
-        """What a proof is about; no two messages have the same."""
+        """Return the subject of a proof; no two messages have the same."""
         head = struct.pack("!BQII", direction, number, len(parts), len(self._session)) + self._session
         return b"".join([head, *(len(part).to_bytes(4, "big") + part for part in parts)])
 

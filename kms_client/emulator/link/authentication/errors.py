@@ -1,4 +1,4 @@
-"""What can go wrong on the classical channel."""
+"""Errors of the classical channel."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ __all__ = ["AuthenticationFailed", "ChannelError", "ReserveEmpty", "SessionRefus
 
 
 class ChannelError(Exception):
-    """Base class: this session is over, whatever it was in the middle of must be thrown away."""
+    """Base class: this session is over, and its unfinished work must be thrown away."""
 
 
 class AuthenticationFailed(ChannelError):
-    """A message is not what the peer sent, or not from the peer: somebody is in the middle, or a side is broken."""
+    """A message was changed or is not from the peer: an attacker is in the middle, or a side is broken."""
 
 
 class ReserveEmpty(ChannelError):
-    """There is no one-time key left for a message: a new session has to bootstrap."""
+    """No one-time key is left for a message: a new session has to bootstrap."""
 
 
 class SessionRefused(ChannelError):

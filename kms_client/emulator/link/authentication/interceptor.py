@@ -1,8 +1,8 @@
 """The emulated man in the middle of the classical channel: it has every byte, of both directions, in its hands.
 
-It cuts the stream into frames as the peers do (the start of a session, then the channel's), and does to the next one
-what it was told to. It knows no keys. One with stolen signing keys is a `Session` of the attacker's own, with the
-victim's `Certificates`: the tests have it.
+It cuts the stream into frames as the peers do (the start of a session, then the channel's), and changes the
+next one as it was told. It knows no keys. One with stolen signing keys is a `Session` of the attacker's own,
+with the victim's `Certificates`: the tests have it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Interceptor:
     Attributes:
         attack: one of `ATTACKS`, or "off"; it is done once to each frame from number `first` on.
         first: the first frame to touch, 0 is the hello, 1 the proof, then come the channel's.
-        touched: frames that something was done to.
+        touched: frames that were changed.
     """
 
     def __init__(self, attack: str = "off", first: int = 0) -> None:
@@ -35,7 +35,7 @@ class Interceptor:
         self._held: bytes | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """What goes on to the receiver for these bytes of the sender."""
+        """Return the bytes that go on to the receiver for these bytes of the sender."""
         self._buffer += data
         out = b""
         while (size := self._frame_size()) is not None and len(self._buffer) >= size:

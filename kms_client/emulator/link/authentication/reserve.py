@@ -1,4 +1,4 @@
-"""The reserve of one-time keys: a small part of the link's own keys, put back for the messages to come.
+"""The reserve of one-time keys: a small part of the link's own keys, kept for future messages.
 
 Both sides hold the same reserve. Each direction has keys of its own, numbered from 0, so that both sides never take
 the same key for different messages. Besides, there is the anchor: a secret from the first block after a bootstrap that
@@ -20,7 +20,7 @@ ANCHOR_BYTES: Final = 48
 
 
 class Direction(IntEnum):
-    """Which way a message goes; what a side sends, the other side receives."""
+    """The direction of a message; what a side sends, the other side receives."""
 
     A_TO_B = 0
     B_TO_A = 1
@@ -40,7 +40,7 @@ class _Lane:
         self.end = 0  # one more than the highest number there has been
 
     def drop(self, numbers: range) -> int:
-        """Wipe these keys; how many there were."""
+        """Wipe these keys; return how many there were."""
         dropped = 0
         for number in numbers:
             key = self.keys.pop(number, None)
@@ -54,18 +54,18 @@ class KeyReserve:
     """One-time keys of both directions and the anchor, in memory; wiped as they are used.
 
     Args:
-        anchor: `ANCHOR_BYTES` that `keep` was once given: what a restarted process still knows.
+        anchor: `ANCHOR_BYTES` that `keep` was once given, which a restarted process still knows.
         proven: the value that `keep` was given with it.
-        keep: called with the anchor and whether it is proven whenever one of them changes, and with None when
-            it is forgotten. A program that stores them in a file of mode 0600 gets over its own restart without
-            trusting the bootstrap's signatures again.
+        keep: called with the anchor and True if it is proven, whenever one of them changes, and with None
+            when it is forgotten. A program that stores them in a file of mode 0600 gets over its own restart
+            without trusting the bootstrap's signatures again.
 
     Attributes:
-        origin: 32 public bytes that name the session whose bootstrap has started this reserve; empty before one.
-        proven: whether the peer is known to hold the anchor, too.
+        origin: 32 public bytes that name the session whose bootstrap started this reserve; empty before one.
+        proven: True if the peer is known to hold the anchor, too.
         made_keys: one-time keys put in, ever.
         spent_keys: those used for a message.
-        discarded_keys: those wiped without a message: skipped, or not held by the peer.
+        discarded_keys: those wiped unused: skipped, or not held by the peer.
         anchors: anchors made, ever.
     """
 
@@ -115,21 +115,21 @@ class KeyReserve:
         return 8 * (KEY_BYTES * (self.spent_keys + self.discarded_keys) + ANCHOR_BYTES * self.anchors)
 
     def available(self, direction: Direction) -> int:
-        """Keys left in this direction."""
+        """Return the number of keys left in this direction."""
         return len(self._lanes[direction].keys)
 
     def next(self, direction: Direction) -> int:
-        """The number of the first key that has not been used or skipped."""
+        """Return the number of the first key that has not been used or skipped."""
         return self._lanes[direction].next
 
     def end(self, direction: Direction) -> int:
-        """One more than the number of the last key that was put in."""
+        """Return one more than the number of the last key that was put in."""
         return self._lanes[direction].end
 
     # --- replenishment
 
     def wanted(self, target: int) -> tuple[int, int]:
-        """How many keys to put in to have `target` in each direction.
+        """Return the number of keys to put in, for each direction, to have `target` there.
 
         Side A decides and tells side B: in the middle of a session the two may count differently.
         """
@@ -137,15 +137,15 @@ class KeyReserve:
         return a_to_b, b_to_a
 
     def material_size(self, counts: tuple[int, int]) -> int:
-        """How many bytes `put` takes for so many keys of the two directions."""
+        """Return the number of bytes that `put` takes for so many keys of the two directions."""
         return KEY_BYTES * sum(counts) + (ANCHOR_BYTES if self._anchor is None else 0)
 
     def put(self, material: bytes, counts: tuple[int, int]) -> None:
         """Put in keys that both sides have just made: `material_size(counts)` bytes, equal on both sides.
 
-        A side does so after it has sealed its own last message about this block, and it has the other side's
-        agreement by then: the next message that it sends uses the reserve. If it cannot know whether the other side
-        has done the same, it ends the session; the start of the next one makes the reserves equal.
+        A side calls it after it has sealed its own last message about this block, and it has the other side's
+        agreement by then: the next message that it sends uses the reserve. If it cannot know that the other
+        side has done the same, it ends the session; the start of the next one makes the reserves equal.
 
         Raises:
             ValueError: not that many bytes.
@@ -169,7 +169,7 @@ class KeyReserve:
     # --- consumption
 
     def take(self, direction: Direction, number: int | None = None) -> bytes:
-        """The key of this number, or the next one; those before it can never be used afterwards.
+        """Return the key of this number, or the next one; those before it can never be used afterwards.
 
         Raises:
             ReserveEmpty: there is no such key (any more).
@@ -201,7 +201,7 @@ class KeyReserve:
     # --- bootstrap
 
     def prove(self) -> None:
-        """The peer has shown that it has what was put in."""
+        """Note that the peer has shown that it has the keys that were put in."""
         if not self.proven:
             self.proven = True
             self._keep(self._anchor, True)

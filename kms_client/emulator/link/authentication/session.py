@@ -1,7 +1,8 @@
-"""The start of a session: who is there, what both still know, and with what the session is authenticated.
+"""The start of a session: the peer's identity, the keys that both still have, and the authentication.
 
-Both sides send a hello at once: versions, the link's name, the KME IDs, a fresh nonce, what is left in their reserve.
-Nothing of it is believed yet. Both work out from the two hellos how to go on, and send a proof over both:
+Both sides send a hello at once: versions, the link's name, the KME IDs, a fresh nonce, the state of their
+reserve. Nothing of it is believed yet. Both work out from the two hellos how to go on, and send a proof over
+both:
 
 ========== =========================================== ====================================================
 mode       when                                        proof
@@ -11,11 +12,13 @@ bound      not so, but both have the same anchor       the bootstrap's, and HMAC
 bootstrap  not so                                      the bootstrap's: certificates or a pre-shared secret
 ========== =========================================== ====================================================
 
-A side that knows that the peer has held the anchor does not go back to plain ``bootstrap`` by itself: to whoever has
-got hold of the peer's signing keys in the meantime, it would be the way in. `Rebootstrap` says what it does instead.
+A side that knows that the peer has held the anchor does not go back to plain ``bootstrap`` by itself: an
+attacker who has stolen the peer's signing keys in the meantime could use that. `Rebootstrap` says what it
+does instead.
 
-A hello that was changed on its way makes the proofs wrong. Whoever changes it can spend one-time keys, a bounded number
-for each attempt, until the reserve is dry; the mode is ``bound`` then, for which signing keys are not enough.
+A hello that was changed on its way makes the proofs wrong. An attacker who changes it can spend one-time
+keys, a bounded number for each attempt, until the reserve is dry; the mode is ``bound`` then, for which
+signing keys are not enough.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ _MAGIC: Final = b"qkd-link/1"
 
 
 class Mode(Enum):
-    """What a session starts with."""
+    """The authentication that a session starts with."""
 
     RESUME = "resume"
     BOUND = "bound"
@@ -61,10 +64,10 @@ class Mode(Enum):
 
 
 class Rebootstrap(Enum):
-    """What to do with a peer that has forgotten the keys of an earlier bootstrap, or says so."""
+    """The reaction to a peer that has forgotten the keys of an earlier bootstrap, or claims so."""
 
     FORBIDDEN = "forbidden"
-    """Refuse: the operator looks, and makes this side forget, too. The default."""
+    """Refuse: the operator has to examine it, and make this side forget, too. The default."""
     ALLOWED = "allowed"
     """Trust the bootstrap's authentication again, and say so in an event."""
 
@@ -93,8 +96,8 @@ class Session:
         link: names the link and both KMEs, A first; equal on both sides, and different from every other link.
         reserve: outlives the sessions.
         bootstrap: `Certificates`, `SharedSecret`, or both `Together`.
-        rebootstrap: what to do when the peer has forgotten.
-        minimum_keys: one-time keys in each direction without which it is not worth resuming; at least 2.
+        rebootstrap: the reaction to a peer that has forgotten.
+        minimum_keys: one-time keys in each direction below which resuming is not worthwhile; at least 2.
         on_event: called with a sentence for the operator.
 
     Attributes:
@@ -132,7 +135,7 @@ class Session:
         self._failure: ChannelError | None = None
 
     def start(self) -> bytes:
-        """This side's hello."""
+        """Return this side's hello."""
         lanes = tuple(Direction)
         self._hello = _Hello(
             self._sends,
@@ -147,12 +150,13 @@ class Session:
         return _frame(self._own)
 
     def receive_data(self, data: bytes) -> bytes:
-        """Bytes of the peer, in any slices; what to send now.
+        """Take bytes of the peer, in any slices; return the bytes to send now.
 
-        Bytes that come behind the peer's proof are the channel's: they are in it, call its ``receive_data(b"")``.
+        Bytes that follow the peer's proof belong to the channel: it already has them, call its
+        ``receive_data(b"")``.
 
         Raises:
-            AuthenticationFailed: the peer is not the one it should be, or somebody is in the middle.
+            AuthenticationFailed: the peer is not the one it should be, or an attacker is in the middle.
             SessionRefused: the peer has forgotten the keys, and `Rebootstrap.FORBIDDEN` holds.
         """
         if self._failure is not None:
@@ -215,7 +219,7 @@ class Session:
         )
 
     def _meet(self, body: bytes) -> bytes:
-        """The peer's hello is there: agree on the mode, and prove this side."""
+        """Handle the peer's hello: agree on the mode, and prove this side."""
         peer, own = self._decode(body), self._hello
         assert own is not None
         self._peer = peer
@@ -273,7 +277,7 @@ class Session:
         return b"proof" + bytes([direction]) + self.mode.value.encode() + b":" + self._transcript
 
     def _finish(self, proof: bytes) -> None:
-        """The peer's proof is there."""
+        """Handle the peer's proof."""
         assert self._peer is not None
         assert self._hello is not None
         receives = self._sends.opposite

@@ -1,4 +1,4 @@
-"""The optics: what the transmitter sends, what the fibre and an eavesdropper leave, what the receiver detects."""
+"""The optics: the pulses sent, the losses in the fibre and to an eavesdropper, the receiver's clicks."""
 
 from kms_client.emulator.link.photonics.line import Choices, Line, Photons, Sent
 from kms_client.emulator.link.photonics.parameters import (

@@ -1,4 +1,4 @@
-"""What the optics give on average, in closed form: rates of clicks, error rates, key rate without statistics.
+"""The averages of the optics in closed form: rates of clicks, error rates, key rate without statistics.
 
 X. Ma, B. Qi, Y. Zhao and H.-K. Lo, "Practical decoy state for quantum key distribution", Phys. Rev. A 72, 012326
 (2005), with its names: the gain Q is the probability that a pulse is detected, the QBER E the share of errors, the
@@ -34,7 +34,7 @@ RANDOM_ERROR = 0.5  # e_0, the error rate of dark counts
 
 @dataclass(frozen=True)
 class Rates:
-    """What can be measured, by intensity."""
+    """The measurable rates, by intensity."""
 
     gains: tuple[float, float, float]
     qbers: tuple[float, float, float]
@@ -49,12 +49,12 @@ class SinglePhotons:
 
 
 def _background(optics: Optics) -> float:
-    """Y_0: the probability that a gate without light clicks."""
+    """Return Y_0: the probability that a gate without light clicks."""
     return 1 - (1 - optics.detector.dark_count) ** 2
 
 
 def rates(optics: Optics) -> Rates:
-    """Gains and QBERs without dead time: equations 10 and 11, with Y_0 (1 - eta) instead of Y_0 in the gain.
+    """Return gains and QBERs without dead time: equations 10 and 11, with Y_0 (1 - eta) for Y_0 in the gain.
 
     (The paper leaves out that a dark count in a gate with a photon makes no second click.)
     """
@@ -71,7 +71,7 @@ def rates(optics: Optics) -> Rates:
 
 
 def single_photons(optics: Optics) -> SinglePhotons:
-    """Y_1 and e_1 as they are, which infinitely many decoys would show: equations 7 and 9."""
+    """Return the true Y_1 and e_1, which infinitely many decoys would show: equations 7 and 9."""
     background = _background(optics)
     light = optics.transmittance * optics.detector.efficiency
     single_yield = background + light - background * light
@@ -82,7 +82,7 @@ def single_photons(optics: Optics) -> SinglePhotons:
 
 
 def bound_single_photons(measured: Rates, source: Source) -> SinglePhotons:
-    """Y_1 at least and e_1 at most, from what can be measured: equations 18, 21 and 25."""
+    """Return Y_1 at least and e_1 at most, from the measurable rates: equations 18, 21 and 25."""
     signal, decoy, weakest = source.intensities
     weighted = [gain * exp(k) for gain, k in zip(measured.gains, source.intensities, strict=True)]
     vacuum = max((decoy * weighted[2] - weakest * weighted[1]) / (decoy - weakest), 0.0)
@@ -102,11 +102,12 @@ def bound_single_photons(measured: Rates, source: Source) -> SinglePhotons:
 def asymptotic_rate(
     measured: Rates, single: SinglePhotons, source: Source, reconciliation: float = 1.22
 ) -> float:
-    """Secret bits for each of infinitely many pulses: equation 1 for each intensity; 0 if there are none.
+    """Return the secret bits per pulse of infinitely many: equation 1 for each intensity; 0 if none.
 
-    As in `finite_key`, the key comes from all intensities, but here not from one that would cost more bits than it has.
-    It comes from the key basis, so that q is ``key_basis**2`` (the paper has 1/2, for a key from both of two equally
-    likely bases). `reconciliation` is what reconciliation tells, in units of the Shannon limit; the paper takes 1.22.
+    As in `finite_key`, the key comes from all intensities, but here not from an intensity that would cost
+    more bits than it has. It comes from the key basis, so that q is ``key_basis**2`` (the paper has 1/2, for
+    a key from both of two equally likely bases). `reconciliation` is the information that reconciliation
+    leaks, in units of the Shannon limit; the paper takes 1.22.
     """
     total = 0.0
     for intensity, probability, gain, qber in zip(
@@ -121,14 +122,14 @@ def asymptotic_rate(
 
 
 def live_share(optics: Optics) -> float:
-    """The share of gates that are not in a dead time, if clicks come independently."""
+    """Return the share of gates that are not in a dead time, if clicks come independently."""
     measured = rates(optics)
     clicks = sum(p * gain for p, gain in zip(optics.source.probabilities, measured.gains, strict=True))
     return 1 / (1 + clicks * optics.detector.dead_gates(optics.source.pulse_rate))
 
 
 def expected_counts(optics: Optics, pulses: float) -> BlockCounts:
-    """What a block of so many pulses counts on average, rounded, for the key length with finite statistics."""
+    """Return the average counts, rounded, of a block of `pulses` pulses, for the finite-size key length."""
     measured = rates(optics)
     source = optics.source
     live = live_share(optics)
@@ -144,12 +145,13 @@ def expected_counts(optics: Optics, pulses: float) -> BlockCounts:
 
 
 def intercepted_qber(optics: Optics) -> float:
-    """The signal's QBER if a fraction of the pulses is intercepted and sent again.
+    """Return the signal's QBER if a fraction of the pulses is intercepted and sent again.
 
-    Whoever measures in a random basis takes the wrong one for half of the pulses, and then half of the bits are wrong.
-    So a fraction f adds f / 4, but not to errors that are there anyway: two errors make a right bit, and a dark count
-    does not care what was sent. With an error rate of e_0 without an eavesdropper the sum is ``e_0 + f / 4`` if e_0 is
-    small, and ``e_0 + f / 4 * (1 - 2 * misalignment)`` for clicks of photons exactly.
+    An eavesdropper who measures in a random basis takes the wrong one for half of the pulses, and then half
+    of the bits are wrong. So a fraction f adds f / 4, but not to errors that are there anyway: two errors
+    make a right bit, and a dark count is independent of the pulse. With an error rate of e_0 without an
+    eavesdropper the sum is ``e_0 + f / 4`` if e_0 is small, and ``e_0 + f / 4 * (1 - 2 * misalignment)`` for
+    clicks of photons exactly.
     """
     background = _background(optics)
     detector = optics.detector

@@ -1,4 +1,4 @@
-"""Experiments with the optics alone: what both sides' data show if somebody puts them together.
+"""Experiments with the optics alone: the combined data of both sides.
 
 For plots and tests; the link's two sides never have each other's bits.
 """
@@ -41,7 +41,7 @@ class ExperimentCounts:
 
     @classmethod
     def of(cls, choices: Choices, clicks: Clicks) -> ExperimentCounts:
-        """Of a frame; `choices` are those for the pulses that clicked."""
+        """Count the detections and errors of a frame; `choices` are those for the pulses that clicked."""
         equal = choices.bases == clicks.bases
         wrong = equal & (choices.bits != clicks.bits)
         cells = choices.bases * np.intp(3) + choices.intensities
@@ -52,7 +52,7 @@ class ExperimentCounts:
         )
 
     def rates(self, source: Source) -> Rates:
-        """Gains and QBERs by intensity, from both bases."""
+        """Return gains and QBERs by intensity, from both bases."""
         equal_bases = source.key_basis**2 + (1 - source.key_basis) ** 2
         gains, qbers = [], []
         for i, probability in enumerate(source.probabilities):
@@ -62,19 +62,19 @@ class ExperimentCounts:
         return Rates((gains[0], gains[1], gains[2]), (qbers[0], qbers[1], qbers[2]))
 
     def block_counts(self) -> BlockCounts:
-        """As a block of the link."""
+        """Return the counts as those of a block of the link."""
         key, check = self.detections[KEY_BASIS].tolist(), self.detections[CHECK_BASIS].tolist()
         return BlockCounts(tuple(key), tuple(check), tuple(self.errors[CHECK_BASIS].tolist()))
 
     @property
     def key_qber(self) -> float:
-        """The share of errors in the key basis, which reconciliation has to find; one half without detections."""
+        """The share of errors in the key basis, for reconciliation to find; one half without detections."""
         detected = int(self.detections[KEY_BASIS].sum())
         return int(self.errors[KEY_BASIS].sum()) / detected if detected else RANDOM_ERROR
 
 
 def run(optics: Optics, pulses: int, rng: np.random.Generator, frames: int = 1) -> list[ExperimentCounts]:
-    """Sends some frames of so many pulses each over one line to one receiver."""
+    """Send some frames of so many pulses each over one line to one receiver."""
     line, receiver = Line(optics, rng), Receiver(optics.detector, optics.source, rng)
     outcomes = []
     for _ in range(frames):
@@ -85,7 +85,7 @@ def run(optics: Optics, pulses: int, rng: np.random.Generator, frames: int = 1) 
 
 
 def total(outcomes: Sequence[ExperimentCounts]) -> ExperimentCounts:
-    """All frames as one."""
+    """Return all frames as one."""
     return ExperimentCounts(
         sum(outcome.pulses for outcome in outcomes),
         np.sum([outcome.detections for outcome in outcomes], axis=0),
@@ -96,7 +96,7 @@ def total(outcomes: Sequence[ExperimentCounts]) -> ExperimentCounts:
 def measured_rate(
     outcomes: Sequence[ExperimentCounts], source: Source, reconciliation: float = 1.22
 ) -> tuple[float, float]:
-    """The asymptotic key rate with two decoys that the frames show, and its standard error (jackknife over them)."""
+    """Return the asymptotic key rate of the frames with two decoys, and its standard error (jackknife)."""
 
     def rate(some: Sequence[ExperimentCounts]) -> float:
         seen = total(some).rates(source)

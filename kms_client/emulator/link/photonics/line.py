@@ -1,15 +1,15 @@
-"""The transmitter and the fibre with whoever sits on it: which photons reach the receiver, in which states.
+"""The transmitter, and the fibre with an eavesdropper: the photons that reach the receiver, and their states.
 
 Most pulses of a link leave nothing at its far end. So no array here has an entry for each pulse: only the pulses of
 which something arrives are made, and the result has exactly the distribution that a simulation pulse by pulse has.
 
-- Pulses are independent and alike. So whether anything arrives is a Bernoulli trial, and the gaps between pulses of
-  which something arrives are geometric.
-- What has happened to such a pulse (intensity, attack, photons that arrive) is drawn from the conditional
+- Pulses are independent and alike. So the arrival of anything is a Bernoulli trial, and the gaps between
+  pulses of which something arrives are geometric.
+- The history of such a pulse (intensity, attack, photons that arrive) is drawn from the conditional
   distribution, which is a small table.
 - Basis and bit are independent of all that.
-- A pulse of which nothing arrives gets its choices when somebody asks for them, as after a dark count: its intensity
-  then comes from the distribution on condition that nothing arrived.
+- A pulse of which nothing arrives gets its choices when they are looked up, as after a dark count: its
+  intensity then comes from the distribution on condition that nothing arrived.
 
 Bits and bases are uint8 arrays of 0 and 1, a pulse's index is its position in the frame.
 """
@@ -44,7 +44,7 @@ HEADER = struct.Struct(">QI")
 
 
 def bernoulli_indices(trials: int, probability: float, rng: np.random.Generator) -> Indices:
-    """Which of `trials` independent trials succeed, in ascending order, at a cost that only the successes determine."""
+    """Return the successful ones of `trials` independent trials, ascending; only successes cost time."""
     if probability <= 0 or trials <= 0:
         return np.empty(0, dtype=np.uint32)
     parts = []
@@ -63,7 +63,7 @@ def bernoulli_indices(trials: int, probability: float, rng: np.random.Generator)
 
 @dataclass(frozen=True)
 class Choices:
-    """What the transmitter has chosen for some pulses."""
+    """The choices of the transmitter for some pulses."""
 
     bases: Bits
     """`KEY_BASIS` or `CHECK_BASIS`"""
@@ -77,19 +77,19 @@ class Choices:
 
 @dataclass(frozen=True, eq=False)
 class Photons:
-    """What leaves the fibre in one frame."""
+    """The photons that leave the fibre in one frame."""
 
     indices: Indices
     """Ascending: the pulses of which at least one photon arrives."""
     states: Bits
     """``basis << 1 | bit``"""
     counts: Bits
-    """How many photons, at least 1."""
+    """Numbers of photons, at least 1."""
     pulses: int
-    """How many pulses the frame has."""
+    """The number of pulses in the frame."""
 
     def to_bytes(self) -> bytes:
-        """The frame as bytes, for `from_bytes`: 6 bytes for each pulse of which something arrives, and 12."""
+        """Return the frame as bytes, for `from_bytes`: 12, and 6 per pulse of which something arrives."""
         head = HEADER.pack(self.pulses, len(self.indices))
         return b"".join(
             (head, self.indices.astype("<u4").tobytes(), self.states.tobytes(), self.counts.tobytes())
@@ -97,7 +97,7 @@ class Photons:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Photons:
-        """Raises `ValueError` for anything that is not from `to_bytes`."""
+        """Parse a frame. Raises `ValueError` for anything that is not from `to_bytes`."""
         if len(data) < HEADER.size:
             raise ValueError(f"a frame of photons has at least {HEADER.size} bytes, not {len(data)}")
         pulses, number = HEADER.unpack_from(data)
@@ -122,7 +122,7 @@ class Photons:
 
 
 class Sent:
-    """What the transmitter remembers of a frame."""
+    """The transmitter's record of a frame."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Sent:
         self._rng = rng
 
     def look_up(self, indices: Indices) -> Choices:
-        """What was sent in these pulses, in the order in which they are asked for; always the same for a pulse.
+        """Return the choices for these pulses, in the order asked; always the same for a pulse.
 
         Raises `ValueError` for an index outside the frame.
         """
@@ -180,8 +180,8 @@ class Sent:
 class Line:
     """The transmitter and the fibre. `optics` may be replaced between frames.
 
-    The physics and the transmitter's choices come from `rng`. Outside of tests, seed it from the operating system,
-    which is what `numpy.random.default_rng()` does.
+    The physics and the transmitter's choices come from `rng`. Outside of tests, seed it from the operating
+    system, as `numpy.random.default_rng()` does.
     """
 
     def __init__(self, optics: Optics, rng: np.random.Generator) -> None:
@@ -191,7 +191,7 @@ class Line:
         self._rng = rng
 
     def transmit(self, pulses: int) -> tuple[Sent, Photons]:
-        """Sends a frame: what the transmitter remembers, and what leaves the fibre.
+        """Send a frame; return the transmitter's record, and the photons that leave the fibre.
 
         Raises `ValueError` if there are fewer than 1 or more than `MAXIMUM_PULSES` pulses.
         """
@@ -243,7 +243,7 @@ def _poisson(mean: float) -> NDArray[np.float64]:
 
 
 def _splitting(optics: Optics) -> tuple[float, float]:
-    """Which share of pulses with one photon, and with more, an eavesdropper who splits lets pass.
+    """Return the shares of pulses with one photon, and with more, that a splitting eavesdropper lets pass.
 
     She knows the signal's intensity and the receiver, and wants the signal's rate of clicks to be as it was.
     """
@@ -259,7 +259,7 @@ def _splitting(optics: Optics) -> tuple[float, float]:
 
 
 def _arrivals(optics: Optics) -> NDArray[np.float64]:
-    """The probability of (intensity, fate, photons that arrive - 1), for a pulse of which something arrives."""
+    """Return the probability of (intensity, fate, photons arriving - 1), given that something arrives."""
     source, eavesdropper = optics.source, optics.eavesdropper
     single, multiple = _splitting(optics)
     table = np.zeros((3, 4, PHOTON_LIMIT))
@@ -278,7 +278,7 @@ def _arrivals(optics: Optics) -> NDArray[np.float64]:
 
 
 def _draw(table: NDArray[np.float64], number: int, rng: np.random.Generator) -> tuple[Bits, Bits, Bits]:
-    """Intensities, fates and photons for `number` pulses, from the table of `_arrivals`."""
+    """Return intensities, fates and photons for `number` pulses, drawn from the table of `_arrivals`."""
     cells = np.flatnonzero(table)
     if number == 0:
         cells = np.zeros(1, dtype=np.intp)

@@ -1,8 +1,8 @@
-"""What the optics are made of: source, fibre, detector, and the eavesdropper that may sit on the fibre.
+"""The parameters of the optics: source, fibre, detector, and the eavesdropper that may sit on the fibre.
 
-Two sets of parameters come with it: `DEFAULT`, a link of 20 km as one buys it today, and `GYS`, the experiment of
-C. Gobby, Z. L. Yuan and A. J. Shields, Appl. Phys. Lett. 84, 3762 (2004), as modelled in X. Ma, B. Qi, Y. Zhao and
-H.-K. Lo, Phys. Rev. A 72, 012326 (2005), table I.
+Two sets of parameters come with it: `DEFAULT`, a link of 20 km as sold today, and `GYS`, the experiment of C.
+Gobby, Z. L. Yuan and A. J. Shields, Appl. Phys. Lett. 84, 3762 (2004), as modelled in X. Ma, B. Qi, Y. Zhao
+and H.-K. Lo, Phys. Rev. A 72, 012326 (2005), table I.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 KEY_BASIS = 0
 """The basis whose bits become key (X in the literature that `finite_key` cites)."""
 CHECK_BASIS = 1
-"""The basis whose bits are made public, to see what an eavesdropper has done (Z)."""
+"""The basis whose bits are made public, to detect an eavesdropper's actions (Z)."""
 MAXIMUM_INTENSITY = 5.0
 """Photons a pulse, on average: above it there is nothing secret in a pulse, and photon numbers would not fit a byte."""
 
@@ -41,8 +41,8 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 class Source:
     """The transmitter: a pulsed laser, attenuated to one of three intensities, with a random phase for each pulse.
 
-    The random phase makes each pulse a mixture of photon numbers with a Poisson distribution, which is what the
-    decoy-state method needs. Raises `ValueError` if the intensities do not suit the bounds in `finite_key`.
+    The random phase makes each pulse a mixture of photon numbers with a Poisson distribution, as the decoy-
+    state method needs. Raises `ValueError` if the intensities do not suit the bounds in `finite_key`.
     """
 
     pulse_rate: float
@@ -50,9 +50,9 @@ class Source:
     intensities: tuple[float, float, float]
     """Photons a pulse on average: signal, decoy, weakest decoy (may be 0). The signal exceeds the sum of the others."""
     probabilities: tuple[float, float, float]
-    """How often each intensity is chosen; their sum is 1."""
+    """The probability of each intensity; their sum is 1."""
     key_basis: float
-    """How often each side chooses the key basis; the check basis is chosen otherwise."""
+    """The probability that a side chooses the key basis; it chooses the check basis otherwise."""
 
     def __post_init__(self) -> None:
         _check("pulse_rate", self.pulse_rate, 1, 1e12)
@@ -97,8 +97,8 @@ class Fibre:
 class Detector:
     """The receiver: a basis chosen at random for each pulse, and two detectors, one for each value of the bit.
 
-    After a click both detectors are off for the dead time. If they had each a dead time of their own, which of them is
-    off would tell the next bit.
+    After a click both detectors are off for the dead time. If each had a dead time of its own, the one that
+    is off would reveal the next bit.
     """
 
     efficiency: float
@@ -123,13 +123,13 @@ class Detector:
         _check("afterpulse_lifetime in seconds", self.afterpulse_lifetime, 1e-12, 1)
 
     def dead_gates(self, pulse_rate: float) -> int:
-        """How many gates after a click are lost to the dead time, at `pulse_rate` pulses a second."""
+        """Return the number of gates lost to the dead time after a click, at `pulse_rate` pulses a second."""
         return ceil(self.dead_time * pulse_rate * (1 - 1e-12))
 
 
 @dataclass(frozen=True)
 class Eavesdropper:
-    """What happens to the pulses between the two sites. The defaults are: nothing."""
+    """Actions on the pulses between the two sites. By default: nothing."""
 
     intercept: float = 0.0
     """The fraction of pulses that are intercepted, measured in a random basis, and sent again as found."""
@@ -137,9 +137,8 @@ class Eavesdropper:
     """The fraction of the other pulses under a photon-number splitting attack.
 
     Of a pulse with two or more photons one is kept until the bases are announced, the others go on without any loss.
-    Pulses with a single photon are held back, as many as are needed to keep the rate of clicks at what the fibre's
-    loss would have left of the signal pulses.
-    """
+    Pulses with a single photon are held back, as many as are needed to keep the rate of clicks that the
+    signal pulses would have after the fibre's loss. """
     extra_loss: float = 0.0
     """dB"""
 
@@ -151,7 +150,7 @@ class Eavesdropper:
 
 @dataclass(frozen=True)
 class Optics:
-    """The whole of the optics. `dataclasses.replace` makes a changed one."""
+    """All optics of a link. `dataclasses.replace` makes a changed one."""
 
     source: Source
     fibre: Fibre
@@ -159,7 +158,7 @@ class Optics:
     eavesdropper: Eavesdropper = Eavesdropper()
 
     def at(self, length: float) -> Optics:
-        """The same with so many km of fibre."""
+        """Return the same optics with `length` km of fibre."""
         return replace(self, fibre=replace(self.fibre, length=length))
 
     @property
@@ -195,6 +194,6 @@ GYS = Optics(
 )
 """GYS: 1550 nm, 0.21 dB/km, 4.5 % at the receiver, 1.7e-6 dark counts a gate in both detectors, 3.3 % misalignment.
 
-The signal's intensity is the best one in the paper. The decoys and the biased bases are not of the experiment, which
-had none; its dead time is not in the model either.
+The signal's intensity is the best one in the paper. The decoys and the biased bases are additions: the
+experiment had none. Its dead time is not in the model.
 """

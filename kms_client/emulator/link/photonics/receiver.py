@@ -1,13 +1,13 @@
-"""The receiver: which gates click, in which basis, with which bit.
+"""The receiver: the gates that click, in which basis and with which bit.
 
-For each pulse the receiver has chosen a basis at random, whether or not anything arrives. Each photon is detected or
-not on its own; a detected one goes to the detector of its bit, to the other one by misalignment, and to either with
-the same probability if the bases differ. Detectors also click by themselves (dark counts), and some time after a click
-(afterpulses). If both click in one gate, the bit is drawn at random, as the security analysis demands.
+For each pulse the receiver has chosen a basis at random, even if nothing arrives. Each photon is detected or
+not on its own; a detected one goes to the detector of its bit, to the other one by misalignment, and to
+either with the same probability if the bases differ. Detectors also click by themselves (dark counts), and
+some time after a click (afterpulses). If both click in one gate, the bit is drawn at random, as the security
+analysis demands.
 
-Everything is computed for the gates only in which something may click. Which of those come in a dead time, and which
-afterpulses there are, depends on the clicks before: candidates that are not near others are decided all at once, the
-rest one after the other.
+Everything is computed for the gates only in which something may click. Dead times and afterpulses depend on
+the clicks before: candidates that are not near others are decided all at once, the rest one after the other.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NO_PARENT = -1
 
 @dataclass(frozen=True, eq=False)
 class Clicks:
-    """What the receiver has detected in one frame."""
+    """The receiver's detections in one frame."""
 
     indices: Indices
     """Ascending."""
     bases: Bits
     bits: Bits
     pulses: int
-    """How many pulses the frame has."""
+    """The number of pulses in the frame."""
     doubles: int
-    """In how many of the gates both detectors clicked."""
+    """The number of gates in which both detectors clicked."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -73,7 +73,7 @@ class _Events:
 class Receiver:
     """The receiver. `detector` may be replaced between frames; a dead time goes on in the next frame.
 
-    `source` says how often the key basis is chosen, and how many gates a second there are.
+    `source` has the probability of the key basis, and the gates a second.
     """
 
     def __init__(self, detector: Detector, source: Source, rng: np.random.Generator) -> None:
@@ -85,7 +85,7 @@ class Receiver:
         self._waiting_detectors: Bits = np.empty(0, dtype=np.uint8)
 
     def detect(self, photons: Photons) -> Clicks:
-        """Detects the next frame."""
+        """Detect the next frame."""
         frame = photons.pulses
         events = self._afterpulses(
             _Events.join([self._photon_events(photons), *self._dark_events(frame), self._waiting_events()]),
@@ -163,13 +163,13 @@ class Receiver:
         return self._events(self._waiting_gates, self._waiting_detectors)
 
     def _events(self, gates: Gates, detectors: Bits) -> _Events:
-        """Events without light or cause. If a photon clicks in the same gate, its basis counts: its event is first."""
+        """Return events without light or cause. A photon's event is first in its gate: its basis counts."""
         return _Events(
             gates, self._bases(len(gates)), detectors, np.full(len(gates), NO_PARENT, dtype=np.int64)
         )
 
     def _afterpulses(self, events: _Events, frame: int) -> _Events:
-        """The events and the afterpulses that they, and those in turn, would cause, in this frame or the next."""
+        """Return the events and their afterpulses, and those of these, in this frame or the next."""
         chance = self.detector.afterpulsing
         if chance == 0:
             return events
@@ -190,9 +190,10 @@ class Receiver:
     def _decide(
         self, gates: Gates, detectors: Bits, parents: Gates, dead: int
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which events happen, and which of those are the first of their gate.
+        """Return masks of the events that happen, and of those that are the first of their gate.
 
-        An event in a detector that has clicked in this gate already is no other click, and so has no afterpulse.
+        An event in a detector that has clicked in this gate already is not another click, and so has no
+        afterpulse.
         """
         happened = np.ones(len(gates), dtype=np.bool_)
         first = np.ones(len(gates), dtype=np.bool_)

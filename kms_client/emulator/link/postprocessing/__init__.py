@@ -1,3 +1,3 @@
-"""From sifted bits to secret bits: reconciliation, verification, privacy amplification, and how much is secret."""
+"""From sifted bits to secret bits: reconciliation, verification, secret length, privacy amplification."""
 
 __all__: list[str] = []

@@ -1,11 +1,12 @@
 """Privacy amplification: a shorter block of which an eavesdropper knows nothing, by a Toeplitz matrix.
 
-Both sides multiply their block of n bits, over GF(2), with the same public random matrix of l rows, where l is what
-the finite-key analysis allows. The matrix is ``(T | I)``: T is a Toeplitz matrix of l rows and n - l columns, I the
-identity. It needs a seed of n - 1 bits only, and is universal: if two blocks differ in the columns of T, their images
-differ by a uniformly random block, thanks to T; if they differ only in those of I, their images differ. So two blocks
-have the same image with a probability of at most 2**-l, which is what the leftover hash lemma asks for (H. Krawczyk,
-CRYPTO '94, for Toeplitz matrices; M. Hayashi, IEEE Trans. Inf. Theory 57 (2011), 3989, for this form).
+Both sides multiply their block of n bits, over GF(2), with the same public random matrix of l rows, l being
+the length that the finite-key analysis allows. The matrix is ``(T | I)``: T is a Toeplitz matrix of l rows
+and n - l columns, I the identity. It needs a seed of n - 1 bits only, and is universal: if two blocks differ
+in the columns of T, their images differ by a uniformly random block, thanks to T; if they differ only in
+those of I, their images differ. So two blocks have the same image with a probability of at most 2**-l, as the
+leftover hash lemma requires (H. Krawczyk, CRYPTO '94, for Toeplitz matrices; M. Hayashi, IEEE Trans. Inf.
+Theory 57 (2011), 3989, for this form).
 
 The seed must be drawn afresh for each block, after the quantum transmission, and be authentic; it need not be secret.
 
@@ -32,13 +33,13 @@ UNIT_ROUNDOFF = 2.0**-53
 
 
 def seed_length(bits: int, length: int) -> int:
-    """How many seed bits `amplify` takes for `length` bits out of `bits` (0 if nothing is left, or all is kept)."""
+    """Return the number of seed bits that `amplify` takes for `length` of `bits` bits (0 for none or all)."""
     _check_lengths(bits, length)
     return bits - 1 if 0 < length < bits else 0
 
 
 def rounding_bound(bits: int) -> float:
-    """How far the FFT's result is from the integer that it stands for, at most, for a block of `bits` bits.
+    """Return a bound of the distance from the FFT's result to its integer, for a block of `bits` bits.
 
     R. Brent, C. Percival and P. Zimmermann, "Error bounds on complex floating-point multiplication", Math. Comp. 76
     (2007), 1469: the convolution of x and y by FFTs of size 2**k is off by at most
@@ -53,7 +54,7 @@ def rounding_bound(bits: int) -> float:
 
 
 def amplify(bits: NDArray[np.uint8], seed: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """The secret key of `length` bits out of the block `bits`; `seed` has `seed_length` bits (each 0 or 1).
+    """Return the secret key of `length` bits from the block `bits`; `seed` has `seed_length` bits (0 or 1).
 
     Row i and column j of the Toeplitz matrix hold ``seed[i - j + n - l - 1]``. Raises `ValueError` if the lengths do
     not fit, or the block is longer than `MAXIMUM_BITS`.

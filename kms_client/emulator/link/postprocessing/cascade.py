@@ -4,14 +4,14 @@ G. Brassard and L. Salvail, "Secret-key reconciliation by public discussion", EU
 sub-blocks and the long later passes of J. Martinez-Mateo et al., "Demystifying the information reconciliation protocol
 Cascade", Quantum Inf. Comput. 15 (2015), 453.
 
-A pass puts the bits into another order (the first keeps theirs) and cuts them into blocks. A block whose parity differs
-on both sides holds an odd number of errors, and bisection finds one of them. Each error found changes the parity of one
-block in each other pass, which may be bisected in its turn. All blocks of a pass are bisected at the same time: a
-question asks for the middle of each. Everything the transmitter says is the parity of the first x bits of a pass: to
-halve a block, one bit.
+A pass puts the bits into another order (the first keeps theirs) and cuts them into blocks. A block whose
+parity differs on both sides holds an odd number of errors, and bisection finds one of them. Each error found
+changes the parity of one block in each other pass, which may be bisected in its turn. All blocks of a pass
+are bisected at the same time: a question asks for the middle of each. The transmitter only sends parities of
+the first x bits of a pass: to halve a block, one bit.
 
-The transmitter is an oracle without state but for counting what it has told: `Reference`. The receiver decides what
-to ask: `Corrector`. Neither does I/O. Both count one leaked bit for each parity told.
+The transmitter is an oracle without state except the count of its answers: `Reference`. The receiver decides
+on the questions: `Corrector`. Neither does I/O. Both count one leaked bit for each parity told.
 
 Messages. The first question is ``00`` and the number of bits (4 bytes); it asks for the parities at the ends of all
 blocks of all passes. Each other one is the number of the pass (1 byte, from 1), the width w of a number (1 byte: 1, 2
@@ -59,11 +59,11 @@ TAIL = 0.002
 
 
 class ReconciliationError(ValueError):
-    """The peer's message makes no sense, or the blocks are too different to be reconciled: throw the block away."""
+    """The peer's message makes no sense, or the blocks differ too much to reconcile: discard the block."""
 
 
 def block_sizes(bits: int, qber: float) -> list[int]:
-    """The sizes of the blocks in each pass, for `bits` bits of which the share `qber` is expected to be wrong."""
+    """Return the block sizes of each pass, for `bits` bits of which a share of `qber` is expected wrong."""
     if not 1 <= bits <= MAXIMUM_BITS:
         raise ValueError(f"a block has 1 to {MAXIMUM_BITS} bits, not {bits}")
     if not 0 <= qber < 0.5:
@@ -75,7 +75,7 @@ def block_sizes(bits: int, qber: float) -> list[int]:
 
 
 def permutation(bits: int, seed: bytes, number: int) -> Places:
-    """The order of `bits` bits in the pass `number` (from 1): which bit stands at each place."""
+    """Return the order of `bits` bits in the pass `number` (from 1): the bit that stands at each place."""
     if number == 1:
         return np.arange(bits, dtype=np.int32)
     digest = hashlib.sha256(seed + bytes([number])).digest()
@@ -89,12 +89,12 @@ def permutation(bits: int, seed: bytes, number: int) -> Places:
 
 
 def _edges(bits: int, size: int) -> Places:
-    """Where the blocks of a pass begin and end, 0 left out."""
+    """Return the places at which the blocks of a pass begin and end, without 0."""
     return np.append(np.arange(size, bits, size, dtype=np.int32), np.int32(bits))
 
 
 def _prefix_parities(bits: Bits) -> Bits:
-    """The parities of the first 0, 1, 2, ... bits."""
+    """Return the parities of the first 0, 1, 2, ... bits."""
     parities = np.zeros(bits.size + 1, dtype=np.uint8)
     np.bitwise_xor.accumulate(bits, out=parities[1:])
     return parities
@@ -114,7 +114,7 @@ class Reference:
         self.leaked_bits = 0
 
     def answer(self, question: bytes) -> bytes:
-        """The parities that the corrector's question asks for.
+        """Return the parities that the corrector's question asks for.
 
         Raises `ReconciliationError` if the question makes no sense, or more parities are asked for than there are bits.
         """
@@ -152,9 +152,9 @@ class Reference:
 class Corrector:
     """The receiver's side: asks, and flips the bits that are found wrong.
 
-    `bits` are 0 or 1 and are not changed; `qber` and `seed` must be the reference's. Send `next_question()` to the
-    other side, give what comes back to `take()`, and so on until there is no next question; then `bits` is the
-    corrected block, `corrected` the number of errors found, `leaked_bits` the number of parities told.
+    `bits` are 0 or 1 and are not changed; `qber` and `seed` must be the reference's. Send `next_question()`
+    to the other side, give the answer to `take()`, and so on until there is no next question; then `bits` is
+    the corrected block, `corrected` the number of errors found, `leaked_bits` the number of parities told.
     """
 
     def __init__(self, bits: Bits, qber: float, seed: bytes) -> None:
@@ -173,7 +173,7 @@ class Corrector:
         self._done = False
 
     def next_question(self) -> bytes | None:
-        """What to ask the other side, or `None` if the block is corrected as far as Cascade can."""
+        """Return the next question for the other side; `None` once Cascade can correct no more."""
         if self._asked:
             raise RuntimeError("the last question has not been answered")
         if self._done:
@@ -191,7 +191,7 @@ class Corrector:
     def take(self, answer: bytes) -> None:
         """Use the other side's answer to the last question.
 
-        Raises `ReconciliationError` if its length is wrong, or if it contradicts what was told before.
+        Raises `ReconciliationError` if its length is wrong, or if it contradicts earlier answers.
         """
         if not self._asked:
             raise ReconciliationError("the peer answers a question that was not asked")
@@ -222,7 +222,7 @@ class Corrector:
                 position += count - 1
 
     def _proceed(self) -> None:
-        """Go on until something has to be asked, or nothing is left to do."""
+        """Continue until something has to be asked, or nothing is left to do."""
         while self._search is None or not self._search.places.size:
             if self._search is not None:
                 self._finish(self._search)
@@ -257,7 +257,7 @@ class Corrector:
 
 
 class _Pass:
-    """What the receiver knows in one pass: where it knows the transmitter's parities, and which parts are odd."""
+    """The receiver's knowledge in one pass: the transmitter's parities, and the parts that are odd."""
 
     def __init__(self, bits: Bits, order: Places, edges: Places, told: Bits) -> None:
         self.order = order
@@ -271,11 +271,11 @@ class _Pass:
         self.odd = different[1:] ^ different[:-1]
 
     def own(self, places: Places) -> Bits:
-        """The receiver's own parities of the first bits, as they are now."""
+        """Return the receiver's own parities of the first bits, as they are now."""
         return self._own[places] ^ (np.searchsorted(self._flips, places).astype(np.uint8) & np.uint8(1))
 
     def flip(self, bits: Places, *, toggle: bool) -> None:
-        """Some bits have been flipped; `toggle` if the parts that they are in do not know it yet."""
+        """Note flipped bits; `toggle` if the parts that they are in do not know it yet."""
         places = np.sort(self.place_of[bits])
         self._flips = np.sort(np.concatenate((self._flips, places)), kind="stable")
         if toggle:
@@ -283,7 +283,7 @@ class _Pass:
             self.odd ^= np.bincount(parts, minlength=self.odd.size).astype(np.uint8) & np.uint8(1)
 
     def split(self, places: Places, told: Bits) -> None:
-        """More parities are known, and no part is odd any more."""
+        """Note further known parities, after which no part is odd any more."""
         order = np.argsort(places, kind="stable")
         where = np.searchsorted(self.edges, places[order])
         self.edges = np.insert(self.edges, where, places[order])
@@ -310,7 +310,7 @@ class _Search:
         self.places: Places = (self._low[self._open] + self._high[self._open]) >> 1
 
     def take(self, told: Bits) -> None:
-        """The transmitter's parities at `places`."""
+        """Take the transmitter's parities at `places`."""
         self._asked.append(self.places)
         self._told.append(told)
         right = (told ^ self.searched.own(self.places)) == self._different[self._open]
@@ -319,7 +319,7 @@ class _Search:
         self._plan()
 
     def finish(self) -> Places:
-        """Which bits are wrong."""
+        """Return the places of the wrong bits."""
         if self._asked:
             self.searched.split(np.concatenate(self._asked), np.concatenate(self._told))
         else:
@@ -339,7 +339,7 @@ def _question(number: int, places: Places) -> bytes:
 
 
 def _parse_question(question: bytes, passes: int, bits: int) -> tuple[int, NDArray[np.int64]]:
-    """The pass and the places of a question; places are inside the block, and no place comes twice."""
+    """Return the pass and the places of a question; places are inside the block, and no place comes twice."""
     if len(question) <= HEADER_BYTES:
         raise ReconciliationError(
             f"a question has more than {HEADER_BYTES} bytes, the peer's {len(question)}"
@@ -362,7 +362,7 @@ def _parse_question(question: bytes, passes: int, bits: int) -> tuple[int, NDArr
 
 
 def _unpack(answer: bytes, count: int) -> Bits:
-    """The `count` bits of an answer."""
+    """Return the `count` bits of an answer."""
     if len(answer) != (count + 7) // 8:
         raise ReconciliationError(
             f"an answer of {count} bits has {(count + 7) // 8} bytes, the peer's {len(answer)}"

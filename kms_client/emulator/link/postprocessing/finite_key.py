@@ -1,22 +1,22 @@
-"""How many bits of a block are secret: decoy-state BB84 with blocks of finite size.
+"""The number of secret bits in a block: decoy-state BB84 with blocks of finite size.
 
 C. C. W. Lim, M. Curty, N. Walenta, F. Xu and H. Zbinden, "Concise security bounds for practical decoy-state quantum key
 distribution", Phys. Rev. A 89, 022307 (2014), with its names: X is the key basis, Z the check basis, 1 to 3 are the
 intensities from signal to weakest decoy, n are detections, m errors; the equations are given below by their numbers.
 
-It holds against any attack that quantum mechanics allows on the light, if the transmitter and the receiver are what
-they are taken for: phases are random, nothing but the photon number tells the intensity, a pulse's chance to be
-detected does not depend on the receiver's basis. The block's counts must be those of all pulses sent in it, its key
-bits those of all three intensities.
+It holds against any attack that quantum mechanics allows on the light, if the transmitter and the receiver
+are as assumed: phases are random, nothing but the photon number tells the intensity, a pulse's chance to be
+detected does not depend on the receiver's basis. The block's counts must be those of all pulses sent in it,
+its key bits those of all three intensities.
 
 Two things differ from the paper, both to the safe side. The step from Z to X, equation 5, takes a normal approximation,
 which is too good for a handful of errors: with none it would allow none. So at least ``2 ln(21 / secrecy)`` errors are
 taken to have been there. And it is too good for a small X: so Z counts as no larger than X. With both, the bound holds
 for the exact (hypergeometric) distribution; the tests compute it.
 
-The length depends on what was counted in the block, so that the protocol is one of variable length, which later work
-has looked at more closely than the paper: J. Wiesemann et al., "A consolidated and accessible security proof for
-finite-size decoy-state quantum key distribution", arXiv:2405.16578.
+The length depends on the counts of the block, so that the protocol is one of variable length, which later
+work has looked at more closely than the paper: J. Wiesemann et al., "A consolidated and accessible security
+proof for finite-size decoy-state quantum key distribution", arXiv:2405.16578.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 Counts = tuple[int, int, int]
 
 TERMS = 21
-"""Into how many parts the proof splits the secrecy parameter."""
+"""The number of parts into which the proof splits the secrecy parameter."""
 
 
 def binary_entropy(probability: float) -> float:
-    """The entropy of a bit in bits; 0 at 0 and at 1."""
+    """Return the entropy of a bit in bits; 0 at 0 and at 1."""
     if probability <= 0 or probability >= 1:
         return 0.0
     return -probability * log2(probability) - (1 - probability) * log2(1 - probability)
@@ -49,9 +49,9 @@ def binary_entropy(probability: float) -> float:
 
 @dataclass(frozen=True)
 class Security:
-    """How secret and how equal the keys are: the probabilities that they are not, for one block.
+    """The secrecy and the equality of the keys: the probabilities that they fail, for one block.
 
-    The keys are secret and equal, up to ``secrecy + correctness``, whatever they are used for (composable security).
+    The keys are secret and equal, up to ``secrecy + correctness``, for any use (composable security).
     """
 
     secrecy: float = 1e-10
@@ -65,17 +65,17 @@ class Security:
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """What both sides have counted in a block; three numbers each, by intensity, signal first.
+    """The counts of both sides in a block; three numbers each, by intensity, signal first.
 
     Raises `ValueError` for negative counts and for more errors than detections.
     """
 
     key: Counts
-    """Detections where both sides chose the key basis: all bits of the block."""
+    """Detections for which both sides chose the key basis: all bits of the block."""
     check: Counts
-    """Detections where both sides chose the check basis, all of which are made public."""
+    """Detections for which both sides chose the check basis, all of which are made public."""
     errors: Counts
-    """How many of the latter differ."""
+    """The number of those that differ."""
 
     def __post_init__(self) -> None:
         for counts in (self.key, self.check, self.errors):
@@ -87,7 +87,7 @@ class BlockCounts:
 
 @dataclass(frozen=True)
 class SecretLength:
-    """How long the key may be, and why."""
+    """The allowed length of the key, and its reasons."""
 
     bits: int
     qber_check: float
@@ -95,17 +95,17 @@ class SecretLength:
     phase_error_bound: float
     """The error rate that single photons would have had in the other basis, at most (from 0 to 0.5)."""
     vacuum_bound: float
-    """How many bits of the block come from pulses without photons, at least."""
+    """The number of bits of the block that come from pulses without photons, at least."""
     single_photon_bound: float
-    """How many bits of the block come from pulses with one photon, at least."""
+    """The number of bits of the block that come from pulses with one photon, at least."""
 
 
 def secret_length(counts: BlockCounts, source: Source, leaked_bits: int, security: Security) -> SecretLength:
-    """How many secret bits are in a block, after `leaked_bits` were told in public to reconcile it.
+    """Return the number of secret bits in a block, after `leaked_bits` were told in public to reconcile it.
 
-    `leaked_bits` counts all that reconciliation has told, and verification's tag. (In the paper,
-    ``log2(2 / correctness)`` stands for a tag of just that length; it is taken off as well.) If nothing is secret, for
-    whatever reason, there are 0 bits. Raises `ValueError` if `leaked_bits` is negative.
+    `leaked_bits` counts all bits that reconciliation has told, and verification's tag. (In the paper,
+    ``log2(2 / correctness)`` stands for a tag of just that length; it is taken off as well.) If nothing is
+    secret, for any reason, there are 0 bits. Raises `ValueError` if `leaked_bits` is negative.
     """
     if leaked_bits < 0:
         raise ValueError(f"leaked_bits must be at least 0, not {leaked_bits}")
@@ -130,7 +130,7 @@ def secret_length(counts: BlockCounts, source: Source, leaked_bits: int, securit
 
 
 def _tau(photons: int, source: Source) -> float:
-    """The probability that a pulse has this many photons."""
+    """Return the probability that a pulse has this many photons."""
     return sum(
         exp(-intensity) * intensity**photons * probability / factorial(photons)
         for intensity, probability in zip(source.intensities, source.probabilities, strict=True)
@@ -138,7 +138,7 @@ def _tau(photons: int, source: Source) -> float:
 
 
 def _limits(counts: Counts, source: Source, security: Security) -> tuple[list[float], list[float]]:
-    """Counts by intensity, weighted, with their statistical error taken off and added (Hoeffding's inequality)."""
+    """Return counts by intensity, weighted, with their statistical error taken off and added (Hoeffding)."""
     deviation = sqrt(sum(counts) / 2 * log(TERMS / security.secrecy))
     weights = [exp(k) / p for k, p in zip(source.intensities, source.probabilities, strict=True)]
     low = [weight * (count - deviation) for weight, count in zip(weights, counts, strict=True)]
@@ -147,7 +147,7 @@ def _limits(counts: Counts, source: Source, security: Security) -> tuple[list[fl
 
 
 def _vacuum(counts: Counts, source: Source, security: Security) -> float:
-    """Equation 2: detections of pulses without photons, at least."""
+    """Return equation 2: detections of pulses without photons, at least."""
     _, decoy, weakest = source.intensities
     low, high = _limits(counts, source, security)
     bound = _tau(0, source) * (decoy * low[2] - weakest * high[1]) / (decoy - weakest)
@@ -155,7 +155,7 @@ def _vacuum(counts: Counts, source: Source, security: Security) -> float:
 
 
 def _single(counts: Counts, source: Source, security: Security) -> float:
-    """Equation 3: detections of pulses with one photon, at least."""
+    """Return equation 3: detections of pulses with one photon, at least."""
     signal, decoy, weakest = source.intensities
     low, high = _limits(counts, source, security)
     others = high[0] - _vacuum(counts, source, security) / _tau(0, source)
@@ -169,14 +169,14 @@ def _single(counts: Counts, source: Source, security: Security) -> float:
 
 
 def _single_errors(errors: Counts, source: Source, security: Security) -> float:
-    """Equation 4: errors in pulses with one photon, at most."""
+    """Return equation 4: errors in pulses with one photon, at most."""
     _, decoy, weakest = source.intensities
     low, high = _limits(errors, source, security)
     return max(_tau(1, source) * (high[1] - low[2]) / (decoy - weakest), 0.0)
 
 
 def _phase_error(errors: float, check: float, key: float, security: Security) -> float:
-    """Equation 5: the error rate in `key` detections, at most, if there are `errors` in `check` other ones."""
+    """Return equation 5: the error rate in `key` detections, at most, for `errors` in `check` other ones."""
     sample = min(check, key)
     rate = max(errors / check, 2 * log(TERMS / security.secrecy) / sample)
     if rate >= 0.5:

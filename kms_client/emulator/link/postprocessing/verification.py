@@ -1,9 +1,9 @@
-"""Do both sides hold the same block? A universal hash of it, with a public random key, compared by the receiver.
+"""Comparison of both sides' blocks: a universal hash with a public random key, compared by the receiver.
 
-Reconciliation may leave errors; nothing after it would notice, and two keys that differ in one bit have nothing in
-common after privacy amplification. So the transmitter draws a key *after* the block has been corrected, and sends it
-with the Poly1305 tag of the block (RFC 8439, section 2.5). Poly1305 is used as a universal hash, not as a secret MAC:
-key and tag are public, their authenticity is the classical channel's business.
+Reconciliation may leave errors; nothing after it would notice, and two keys that differ in one bit have
+nothing in common after privacy amplification. So the transmitter draws a key *after* the block has been
+corrected, and sends it with the Poly1305 tag of the block (RFC 8439, section 2.5). Poly1305 is used as a
+universal hash, not as a secret MAC: key and tag are public, and the classical channel authenticates them.
 
 Two different blocks of n bits have the same tag with a probability of at most ``8 * ceil((8 + n / 8) / 16) / 2**106``
 over the choice of the key: D. J. Bernstein, "The Poly1305-AES message-authentication code", FSE 2005, theorem 3.3 (the
@@ -42,14 +42,14 @@ class ResidualErrors(ValueError):
 
 
 def collision_probability(bits: int) -> float:
-    """With what probability two different blocks of `bits` bits are taken for equal, at most."""
+    """Return the largest probability that two different blocks of `bits` bits are taken for equal."""
     return 8 * ceil((LENGTH_BYTES + ceil(bits / 8)) / TAG_BYTES) / 2**106
 
 
 def challenge(bits: NDArray[np.uint8]) -> bytes:
-    """A fresh key and the tag of `bits` (0 or 1 each) under it: `CHALLENGE_BYTES`, to be sent to the other side.
+    """Return a fresh key and the tag of `bits` (0 or 1 each) under it: `CHALLENGE_BYTES`, for the other side.
 
-    Call it when the other side has said that its correction is done: the key must not be known before.
+    Call it when the other side has reported that its correction is done: the key must not be known before.
     """
     key = os.urandom(KEY_BYTES)
     return key + _tag(bits, key)
@@ -58,7 +58,7 @@ def challenge(bits: NDArray[np.uint8]) -> bytes:
 def verify(bits: NDArray[np.uint8], challenge: bytes) -> None:
     """Check the block `bits` against the other side's `challenge`.
 
-    Raises `ResidualErrors` if the blocks differ, and `ValueError` if the challenge has not its length.
+    Raises `ResidualErrors` if the blocks differ, and `ValueError` if the challenge has the wrong length.
     """
     if len(challenge) != CHALLENGE_BYTES:
         raise ValueError(f"a challenge has {CHALLENGE_BYTES} bytes, the peer sent {len(challenge)}")
