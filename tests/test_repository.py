@@ -104,6 +104,14 @@ def test_one_version() -> None:
     assert newest.group(1) == project["version"]
 
 
+def test_the_oldest_dependencies_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    pins = [requirement.replace(">=", "==") for group in groups for requirement in group]
+    oldest = (ROOT / "tests" / "constraints" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in oldest if not line.startswith("#")] == sorted(pins, key=str.lower)
+
+
 # --- README.md
 
 
