@@ -20,6 +20,8 @@ from kms_client import (
 from kms_client.breaker import Breaker
 from kms_client.pool_stock import Marks, Order, Stock, Tally
 
+pytestmark = pytest.mark.pure
+
 _ids = itertools.count()
 
 

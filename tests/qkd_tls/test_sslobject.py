@@ -27,6 +27,8 @@ from tests.support import objects
 from tests.support.objects import Side, carry, shake_hands, sides
 from tests.support.sockets import TIMEOUT, Lab, wait_until
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def pair(local: Lab) -> tuple[Side, Side]:
