@@ -166,7 +166,7 @@ class _LiboqsKey:
     def decapsulate(self, ciphertext: bytes, /) -> bytes:
         try:
             # liboqs-python pads what is too short with zeros.
-            if len(ciphertext) != self._kem.length_ciphertext:
+            if len(ciphertext) != self._kem.details["length_ciphertext"]:
                 raise ValueError("wrong size")
             secret: bytes = self._kem.decap_secret(ciphertext)
         finally:
@@ -175,7 +175,7 @@ class _LiboqsKey:
 
 
 def _liboqs_encapsulate(kem: Any, encapsulation_key: bytes) -> tuple[bytes, bytes]:
-    if len(encapsulation_key) != kem.length_public_key:
+    if len(encapsulation_key) != kem.details["length_public_key"]:
         raise ValueError("wrong size")
     ciphertext, secret = kem.encap_secret(encapsulation_key)
     return ciphertext, secret
@@ -197,7 +197,7 @@ def _liboqs_names() -> tuple[str, ...]:
     fitting = []
     for name in oqs.get_enabled_kem_mechanisms():
         with oqs.KeyEncapsulation(name) as kem:
-            if max(kem.length_public_key, kem.length_ciphertext) <= _MAX_SIZE:
+            if max(kem.details["length_public_key"], kem.details["length_ciphertext"]) <= _MAX_SIZE:
                 fitting.append(name)
     return tuple(fitting)
 

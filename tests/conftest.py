@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from kms_client import Etsi014Client
@@ -11,6 +14,38 @@ from kms_client.emulator import Faults, RunningPair, run_pair
 from tests.support import attacks, commands, tunnels
 from tests.support.slow_kms import SlowManager
 from tests.support.sockets import Authority, Identity, Lab, local_lab
+
+# A busy machine is slow, which is no fault of what is tested.
+hypothesis.settings.register_profile(
+    "qkd-tls", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("qkd-tls")
+
+# --- the marker `pure`
+
+# Python tells of time.sleep from 3.13 on.
+_IMPURE = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "time.sleep"})
+_pure_test_runs = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a pure test that uses a socket, starts a program or sleeps. Its fixtures may: others share them."""
+    global _pure_test_runs
+    _pure_test_runs = item.get_closest_marker("pure") is not None
+    try:
+        return (yield)
+    finally:
+        _pure_test_runs = False
+
+
+def _audit(event: str, _: tuple[object, ...]) -> None:
+    # Servers of other tests may still run in other threads.
+    if _pure_test_runs and event in _IMPURE and threading.current_thread() is threading.main_thread():
+        pytest.fail(f"this test is marked as pure, but led to {event}")
+
+
+sys.addaudithook(_audit)
 
 # --- certificates
 

@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 import shlex
+import socket
 import subprocess
 import tomllib
 from collections import Counter
@@ -21,6 +22,8 @@ import pytest
 import qkd_tls
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.pure
+
 PACKAGES = ("kms_client", "qkd_tls")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -31,6 +34,7 @@ FORBIDDEN = re.compile(
 )
 
 
+@pytest.fixture(scope="module")
 def project_files() -> list[Path]:
     result = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -44,18 +48,18 @@ def project_files() -> list[Path]:
     return [ROOT / name for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_no_file_names_a_machine_or_a_registry() -> None:
+def test_no_file_names_a_machine_or_a_registry(project_files: list[Path]) -> None:
     found = []
-    for path in project_files():
+    for path in project_files:
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             if match := FORBIDDEN.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
     assert found == []
 
 
-def test_text_files_end_in_one_newline_and_have_no_trailing_spaces() -> None:
+def test_text_files_end_in_one_newline_and_have_no_trailing_spaces(project_files: list[Path]) -> None:
     found = []
-    for path in project_files():
+    for path in project_files:
         data = path.read_bytes()
         if b"\0" not in data and data and (not data.endswith(b"\n") or data.endswith(b"\n\n")):
             found.append(f"{path.relative_to(ROOT)}: end")
@@ -165,6 +169,25 @@ def test_one_version() -> None:
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == project["version"]
+
+
+def test_the_oldest_dependencies_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    pins = [requirement.replace(">=", "==") for group in groups for requirement in group]
+    oldest = (ROOT / "tests" / "constraints" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in oldest if not line.startswith("#")] == sorted(pins, key=str.lower)
+
+
+def test_a_pure_test_uses_no_socket_and_starts_no_program() -> None:
+    with socket.socket() as sock:
+        for impure in (
+            lambda: sock.bind(("127.0.0.1", 0)),
+            lambda: sock.connect(("127.0.0.1", 9)),
+            lambda: subprocess.run(["true"], check=True),
+        ):
+            with pytest.raises(pytest.fail.Exception, match="this test is marked as pure, but led to"):
+                impure()
 
 
 # --- README.md, CONTRIBUTING.md, SECURITY.md

@@ -27,6 +27,8 @@ from kms_client import (
     UnknownSAE,
 )
 
+pytestmark = pytest.mark.pure
+
 
 class TestQKDKey:
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

@@ -21,6 +21,8 @@ from kms_client.etsi014_messages import (
 )
 from tests.support.kme_server import container
 
+pytestmark = pytest.mark.pure
+
 ID = "550e8400-e29b-41d4-a716-446655440000"
 OTHER = "650e8400-e29b-41d4-a716-446655440000"
 KEY = bytes(range(200, 232))

@@ -20,6 +20,8 @@ from kms_client import (
 from kms_client.breaker import Breaker
 from kms_client.pool_stock import KeyCounts, Marks, Order, Stock
 
+pytestmark = pytest.mark.pure
+
 _ids = itertools.count()
 
 

@@ -17,6 +17,8 @@ from qkd_tls.hybrid import KDF, PSKIdentity, TagMismatch
 from tests.support.memory import HOST, SAE_A, SAE_B, World, pki
 from tests.support.scenarios import ASKS_FOR_CERTIFICATE, WITH_CERTIFICATE
 
+pytestmark = pytest.mark.pure
+
 NOW = 1_800_000_000.0
 
 

@@ -30,6 +30,8 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, NameOID, Object
 
 from qkd_tls.certificate import certificate_dict, not_after
 
+pytestmark = pytest.mark.pure
+
 KEY = ec.generate_private_key(ec.SECP256R1())
 PLAIN = x509.Name([NameAttribute(NameOID.COMMON_NAME, "plain.example")])
 UTF8 = x509.Name(

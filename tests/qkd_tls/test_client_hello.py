@@ -19,6 +19,8 @@ from qkd_tls.client_hello import (
     read_handshake_message,
 )
 
+pytestmark = pytest.mark.pure
+
 
 def v8(*parts: bytes) -> bytes:
     return len(b"".join(parts)).to_bytes(1, "big") + b"".join(parts)

@@ -25,6 +25,8 @@ from qkd_tls.control import (
     encode,
 )
 
+pytestmark = pytest.mark.pure
+
 MESSAGES: list[Message] = [
     Discover(),
     Identity("SAE-B", ("etsi-014",), (), 1),

@@ -35,6 +35,8 @@ from qkd_tls.hybrid import (
 )
 from tests.support.paths import VECTORS
 
+pytestmark = pytest.mark.pure
+
 Vector: TypeAlias = dict[str, str]
 
 CASES: list[Vector] = json.loads((VECTORS / "hybrid_psk_v1.json").read_text(encoding="utf-8"))["cases"]

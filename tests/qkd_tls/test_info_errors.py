@@ -14,6 +14,8 @@ from qkd_tls.errors import QKDError, QKDKeyMismatch, QKDProtocolError, QKDUnavai
 from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.policy import Policy
 
+pytestmark = pytest.mark.pure
+
 
 class TestInfo:
     def test_as_dict_is_plain_data(self) -> None:

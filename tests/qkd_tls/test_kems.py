@@ -24,6 +24,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from qkd_tls import kems
 from qkd_tls.kems import KEMError, UnsupportedKEM, encapsulate, generate, names
+from tests.support.memory import World
 
 MLKEM = {"ML-KEM-768": (1184, 1088), "ML-KEM-1024": (1568, 1568)}
 
@@ -55,7 +56,8 @@ class ToyKEM:
     }
 
     def __init__(self, name: str) -> None:
-        self.length_public_key, self.length_ciphertext = self.SIZES[name]
+        public_key, ciphertext = self.SIZES[name]
+        self.details = {"length_public_key": public_key, "length_ciphertext": ciphertext}
         ToyKEM.living += 1
 
     def __enter__(self) -> Self:
@@ -67,17 +69,17 @@ class ToyKEM:
         self.free()
 
     def generate_keypair(self) -> bytes:
-        self.secret_key = secrets.token_bytes(self.length_public_key)
+        self.secret_key = secrets.token_bytes(self.details["length_public_key"])
         return self.secret_key
 
     def encap_secret(self, public_key: bytes) -> tuple[bytes, bytes]:
-        if public_key == bytes(self.length_public_key):
+        if public_key == bytes(self.details["length_public_key"]):
             raise RuntimeError("Can not encapsulate secret")
-        ciphertext = secrets.token_bytes(self.length_ciphertext)
+        ciphertext = secrets.token_bytes(self.details["length_ciphertext"])
         return ciphertext, public_key + ciphertext
 
     def decap_secret(self, ciphertext: bytes) -> bytes:
-        if ciphertext == bytes(self.length_ciphertext):
+        if ciphertext == bytes(self.details["length_ciphertext"]):
             raise RuntimeError("Can not decapsulate secret")
         return self.secret_key + ciphertext
 
@@ -461,8 +463,10 @@ def test_the_real_package_on_a_stub_library(environment: dict[str, str], tmp_pat
 def test_every_kem_of_a_real_liboqs() -> None:
     liboqs_names = kems._liboqs_names()
     if not liboqs_names:
+        assert "OQS_INSTALL_PATH" not in os.environ, "the liboqs in OQS_INSTALL_PATH is not usable"
         pytest.skip("no usable liboqs on this machine: no system library, none in OQS_INSTALL_PATH or ~/_oqs")
     for name in liboqs_names:
         key = generate(name)
         ciphertext, secret = encapsulate(name, key.encapsulation_key)
         assert key.decapsulate(ciphertext) == secret
+        assert [info.kem for info in World(client={"kem": name}).connect().infos] == [name, name]

@@ -49,6 +49,8 @@ from tests.support.memory import (
     write_all,
 )
 
+pytestmark = pytest.mark.pure
+
 
 def client_settings(**changes: Any) -> TLSSettings:
     defaults = {"trusted": (pki().ca,), "verify_mode": ssl.CERT_REQUIRED, "check_hostname": True}

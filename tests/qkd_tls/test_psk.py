@@ -11,6 +11,8 @@ from qkd_tls.hybrid import KDF
 from qkd_tls.psk import PSK
 from tests.support.memory import SAE_A, SAE_B, link
 
+pytestmark = pytest.mark.pure
+
 
 class TestPSK:
     def test_wipe(self) -> None:

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from qkd_tls.records import RecordBuffer, alert
 
+pytestmark = pytest.mark.pure
+
 
 def record(content: bytes, kind: int = 23, minor: int = 3) -> bytes:
     return bytes([kind, 3, minor]) + len(content).to_bytes(2, "big") + content

@@ -28,6 +28,8 @@ from tests.support.objects import Side, carry, shake_hands, sides
 from tests.support.patience import eventually
 from tests.support.sockets import TIMEOUT, Lab
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def pair(local: Lab) -> tuple[Side, Side]:

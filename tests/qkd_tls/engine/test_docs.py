@@ -14,6 +14,8 @@ from tests.support.memory import Conversation
 from tests.support.paths import DOCS
 from tests.support.scenarios import scenario
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:

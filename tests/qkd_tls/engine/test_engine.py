@@ -24,6 +24,8 @@ from tests.support.scenarios import (
     scenario,
 )
 
+pytestmark = pytest.mark.pure
+
 
 def check(expected: Scenario, world: World, conversation: Conversation) -> None:
     """It ended as it should, both sides say the same, and no secret is left over."""

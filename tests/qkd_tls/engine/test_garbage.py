@@ -25,6 +25,8 @@ from tests.support.memory import (
 )
 from tests.support.scenarios import LONG_WAY, OFF, PREFER, SCENARIOS, Scenario, scenario
 
+pytestmark = pytest.mark.pure
+
 ROUNDS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 

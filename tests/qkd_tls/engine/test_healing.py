@@ -14,6 +14,8 @@ from qkd_tls.hybrid import PSKIdentity
 from tests.support.memory import HOST, SAE_A, SAE_B, Conversation, World, hand_driven_server
 from tests.support.scenarios import CLASSICAL, LONG_WAY, PREFER, server_gets_another_key, server_restarts
 
+pytestmark = pytest.mark.pure
+
 
 def associated(**changes: object) -> World:
     """Two sites with an association."""

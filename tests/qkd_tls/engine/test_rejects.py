@@ -35,6 +35,8 @@ from tests.support.scenarios import (
     server_kms_lost_the_key,
 )
 
+pytestmark = pytest.mark.pure
+
 KEY_ID = "00000000-0000-0000-0000-000000000001"
 
 

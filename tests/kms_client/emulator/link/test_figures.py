@@ -10,6 +10,8 @@ import pytest
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Block, Figures
 
+pytestmark = pytest.mark.pure
+
 KEPT = Block(1, 1000, 0.01, 10, 120, 500, 1, 0, 244, "")
 
 

@@ -10,6 +10,8 @@ from kms_client.emulator.link.photonics.parameters import CHECK_BASIS, DEFAULT
 from kms_client.emulator.link.photonics.receiver import Clicks, Receiver
 from kms_client.emulator.link.sifting import Tally, announcement, reply, take_reply
 
+pytestmark = pytest.mark.pure
+
 Frame = tuple[Sent, Clicks]
 
 

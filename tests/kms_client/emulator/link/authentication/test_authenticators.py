@@ -18,6 +18,8 @@ from kms_client.emulator.link.authentication.authenticators import (
 from kms_client.emulator.link.authentication.errors import AuthenticationFailed
 from tests.support.link_session import NOW, PKI, certificate, new_key, secrets
 
+pytestmark = pytest.mark.pure
+
 
 def test_one_time_tag_is_poly1305() -> None:
     """RFC 8439, section 2.5.2."""

@@ -12,6 +12,8 @@ from kms_client.emulator.link.authentication.interceptor import ATTACKS, Interce
 from kms_client.emulator.link.authentication.reserve import Direction
 from tests.support.link_session import PKI, A, B, Pair, started
 
+pytestmark = pytest.mark.pure
+
 PHASES = ("signatures", "secret", "one-time", "resumed")
 
 

@@ -9,6 +9,8 @@ import pytest
 from kms_client.emulator.link.authentication.interceptor import ATTACKS, Interceptor
 from tests.support.link_session import A, B, started
 
+pytestmark = pytest.mark.pure
+
 
 def start_frame(text: bytes) -> bytes:
     return len(text).to_bytes(4, "big") + text

@@ -12,6 +12,8 @@ from kms_client.emulator.link.authentication.errors import ReserveEmpty
 from kms_client.emulator.link.authentication.reserve import ANCHOR_BYTES, KEY_BYTES, KeyReserve
 from tests.support.link_session import A, B
 
+pytestmark = pytest.mark.pure
+
 
 def filled(a_to_b: int = 4, b_to_a: int = 3) -> tuple[KeyReserve, bytes]:
     reserve = KeyReserve()

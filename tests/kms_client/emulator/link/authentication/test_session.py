@@ -11,6 +11,8 @@ from kms_client.emulator.link.authentication.reserve import Direction, KeyReserv
 from kms_client.emulator.link.authentication.session import LARGEST_GAP, Mode, Rebootstrap, Session
 from tests.support.link_session import PKI, A, B, Pair, middle, secrets, started
 
+pytestmark = pytest.mark.pure
+
 
 def modes(pair: Pair) -> set[Mode | None]:
     return {session.mode for session in pair.sessions}

@@ -17,6 +17,8 @@ from kms_client.emulator.link.photonics.parameters import (
     Source,
 )
 
+pytestmark = pytest.mark.pure
+
 
 def test_losses_add_up_in_db() -> None:
     optics = replace(DEFAULT, fibre=Fibre(50, 0.2), eavesdropper=Eavesdropper(extra_loss=10))

@@ -15,6 +15,8 @@ from kms_client.emulator.link.postprocessing.amplification import (
     seed_length,
 )
 
+pytestmark = pytest.mark.pure
+
 Bits = NDArray[np.uint8]
 
 

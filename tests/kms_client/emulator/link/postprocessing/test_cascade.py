@@ -20,6 +20,8 @@ from kms_client.emulator.link.postprocessing.cascade import (
     permutation,
 )
 
+pytestmark = pytest.mark.pure
+
 Bits = NDArray[np.uint8]
 SEED = b"public"
 

@@ -17,6 +17,8 @@ from kms_client.emulator.link.postprocessing.finite_key import (
     secret_length,
 )
 
+pytestmark = pytest.mark.pure
+
 SOURCE = DEFAULT.source
 SECURITY = Security(1e-10, 1e-15)
 COUNTS = BlockCounts((2_400_000, 600_000, 2100), (75_000, 18_700, 64), (373, 93, 2))
