@@ -335,7 +335,7 @@ def client_hellos() -> list[dict[str, Any]]:
 
 
 def handshakes() -> list[dict[str, Any]]:
-    """Record a bootstrap and an associated connection over memory for each hash, with all secrets disclosed."""
+    """Record a bootstrap and an associated connection over memory for each hash; disclose all secrets."""
     return [case for kdf in ("sha384", "sha256") for case in record(kdf)]
 
 
