@@ -119,7 +119,7 @@ class QKDContext(ssl.SSLContext):
         self._credentials: Credentials | None = None
         self._alpn: tuple[str, ...] = ()
         self.observer: Callable[[Step], object] | None = None
-        """A function called with each step of each handshake, in its thread; None for no calls."""
+        """A function called with each step of a handshake, in the handshake's thread; None for no calls."""
         self._handshakes = dict.fromkeys(super().session_stats(), 0)
         # A spelling mistake in a group shall not wait for the first connection.
         self._engine_config()
@@ -265,7 +265,7 @@ class QKDContext(ssl.SSLContext):
 
     @property
     def options(self) -> ssl.Options:
-        """The stored options, for programs that read them back; no tickets, compression or renegotiation."""
+        """The options, for reading back; TLS 1.3 without tickets, compression or renegotiation is fixed."""
         return super().options
 
     @options.setter

@@ -1,6 +1,6 @@
 """The common parts of `QKDSocket` and `QKDObject`: the handshake's steps and the connection's properties.
 
-The two differ in the way of the ciphertext: through a socket, or through memory that the caller empties and
+The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and
 fills.
 
 Three others take part in a handshake, and each enters by one interface: the context (`EndpointContext`), the state
@@ -327,7 +327,7 @@ class Endpoint:
 
     @property
     def session_reused(self) -> bool | None:
-        """Always False, see `session`; None before the handshake is complete."""
+        """False after the handshake, see `session`; None before it is complete."""
         return None if self._info is None else False
 
     def version(self) -> str | None:
@@ -335,7 +335,7 @@ class Endpoint:
         return "TLSv1.3" if self._tls is not None else None
 
     def cipher(self) -> tuple[str, str, int] | None:
-        """Return name of the cipher suite, protocol version and secret bits."""
+        """Return the name of the cipher suite, protocol version and secret bits."""
         return self._of_tls(lambda tls: tls.cipher)
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
@@ -388,7 +388,7 @@ class Endpoint:
         return self._of_tls(lambda tls: tls.export(b"EXPORTER-Channel-Binding", 32))
 
     def verify_client_post_handshake(self) -> None:
-        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with its next data."""
+        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with later data."""
         tls = self._tls
         if tls is None:
             raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")

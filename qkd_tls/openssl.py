@@ -170,9 +170,9 @@ class TLSSettings:
     groups: tuple[str, ...] = ("X25519MLKEM768",)
     cipher_suites: tuple[str, ...] = DEFAULT_CIPHER_SUITES[KDF.SHA384]
     post_handshake_auth: bool = False
-    """Client: answer a request for a certificate after the handshake. Server: ask then (RFC 8446 4.6.2)."""
+    """Client: answer a certificate request after the handshake. Server: ask only then (RFC 8446 4.6.2)."""
     keylog_filename: str | None = None
-    """File for the secrets of all connections, in the format of SSLKEYLOGFILE; they are appended."""
+    """File to append the secrets of all connections to, in the format of SSLKEYLOGFILE."""
 
 
 class _ThisThread(threading.local):
@@ -472,7 +472,7 @@ class TLSConnection:
         return bytes(out)
 
     def verify_client_post_handshake(self) -> None:
-        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with its next data."""
+        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with later data."""
         _lib.ERR_clear_error()
         if _lib.SSL_verify_client_post_handshake(self._ssl) != 1:
             self._raise(0)

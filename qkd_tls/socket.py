@@ -279,7 +279,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     # --- reading
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """Read up to `len` bytes and return them, or read into `buffer` and return their number."""
+        """Read up to `len` bytes and return them, or read into `buffer` and return the number."""
         self._check_open("Read")
         if buffer is not None:
             return self.recv_into(buffer, max(len, 0))
@@ -295,7 +295,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return bytes(memoryview(buffer)[:size])
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        """Fill the buffer with at least one byte; return their number, 0 at the end of the stream."""
+        """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
@@ -342,7 +342,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return self.send(data)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send at least one byte; return their number."""
+        """Send at least one byte; return the number sent."""
         _no_flags(flags, "send")
         view = memoryview(data).cast("B")
         self._ready()

@@ -111,7 +111,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
                 self._send_ciphertext(tls.take())
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """Read up to `len` bytes and return them, or read into `buffer` and return their number.
+        """Read up to `len` bytes and return them, or read into `buffer` and return the number.
 
         At the end of the stream the result is empty or 0. Raises SSLEOFError if the peer's transport ended
         without close_notify.

@@ -1,4 +1,4 @@
-"""`urllib3` over hybrid connections. A pool takes the context as it is; this module keeps the `QKDInfo`s.
+"""`urllib3` over hybrid connections. A pool takes the context; this module keeps each response's `QKDInfo`.
 
 ::
 

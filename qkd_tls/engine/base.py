@@ -257,7 +257,7 @@ class Engine(abc.ABC):
     # --- TLS
 
     def _feed_all(self) -> None:
-        """Give TLS all bytes so far: no other connection follows on the transport before our next flight."""
+        """Give TLS all bytes so far, if no other connection can come before our next flight."""
         assert self._tls is not None
         self._tls.feed(self._records.take_all())
 

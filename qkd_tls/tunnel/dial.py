@@ -21,7 +21,7 @@ _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (soc
 
 
 def set_options(sock: socket.socket) -> None:
-    """Set every connection's options: non-blocking, no delay of small pieces, an error if it vanishes."""
+    """Make a socket non-blocking, send small pieces at once, and fail if the peer vanishes."""
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return

@@ -1,4 +1,4 @@
-"""Listening sockets of one tunnel, which accepts up to a limit of connections at once."""
+"""The accepting side of one tunnel, with at most its limit of connections at once."""
 
 from __future__ import annotations
 

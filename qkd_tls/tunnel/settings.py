@@ -42,7 +42,7 @@ class TunnelSettings:
 
     @property
     def socket_key(self) -> tuple[Address, str]:
-        """The key by which a reload keeps the listening sockets. Port 0 has one for each tunnel."""
+        """The key by which a reload finds the listening sockets to keep; with port 0, one for each tunnel."""
         any_port = isinstance(self.listen, TCP) and self.listen.port == 0
         return self.listen, self.name if any_port else ""
 

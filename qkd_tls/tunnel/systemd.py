@@ -17,10 +17,10 @@ _FIRST_FD: Final = 3
 
 
 def activated_sockets(environment: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """Return the sockets that systemd has opened, by name (sd_listen_fds_with_names(3)), else "unknown".
+    """Return the sockets that systemd has opened, by name (sd_listen_fds_with_names(3)).
 
-    The variables are removed, so that no child takes the sockets for its own. Raises ValueError if they make
-    no sense.
+    Sockets without a name are under "unknown". The variables are removed, so that no child takes the sockets
+    for its own. Raises ValueError if they make no sense.
     """
     pid, count, names = (environment.pop(f"LISTEN_{what}", None) for what in ("PID", "FDS", "FDNAMES"))
     if count is None or pid != str(os.getpid()):
