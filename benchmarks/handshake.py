@@ -1,16 +1,16 @@
-"""What a handshake costs: microseconds of CPU, both sides together, in memory.
+"""The cost of a handshake: microseconds of CPU, both sides together, in memory.
 
 Six kinds take turns in one run, so that the ratios hold on a noisy machine:
 
 * ``pyOpenSSL``: TLS 1.3 with certificates, X25519MLKEM768, ECDSA P-256, on the OpenSSL that qkd-tls uses;
-* ``issuing CA``: the same with a chain of two certificates, as most PKIs have it;
-* ``ssl``: as the first, with the standard library and the groups that it has;
+* ``issuing CA``: the same with a chain of two certificates, as in most PKIs;
+* ``ssl``: the same as the first, with the standard library and the groups it supports;
 * ``bootstrap``: a first connection of qkd-tls, two handshakes and a QKD key;
-* ``associated``: a later one, with a fresh QKD key, all of the engine included;
+* ``associated``: a later connection, with a fresh QKD key, all of the engine included;
 * ``announced``: the same, with a key that was fetched with the first connection.
 
-All verify the server's certificate where they see one, and negotiate ALPN. QKD keys have been fetched ahead, so that
-no KME is measured. Usage::
+Each verifies the server's certificate if the server sends one, and negotiates ALPN. QKD keys are fetched
+ahead, so that no KME is measured. Usage::
 
     python benchmarks/handshake.py [--rounds N]
 """
@@ -40,7 +40,7 @@ NUMBER = 60  # an offer announces up to 63 keys for later connections
 
 
 def pyopenssl(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
-    """Certificates over X25519MLKEM768, as an ordinary pyOpenSSL program does it."""
+    """Return a handshake with certificates over X25519MLKEM768, as in an ordinary pyOpenSSL program."""
     server, client = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
     for context in (server, client):
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
@@ -72,7 +72,7 @@ def pyopenssl(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
 
 
 def standard_library(ca: trustme.CA, leaf: trustme.LeafCert) -> Callable[[], None]:
-    """Certificates with the standard library's OpenSSL, whatever groups it has."""
+    """Return a handshake with certificates and the groups of the standard library's OpenSSL."""
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     leaf.configure_cert(server)
     ca.configure_trust(client)
@@ -107,11 +107,11 @@ class FetchedAhead:
         self.keys: list[QKDKey] = []
 
     def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
-        """The next keys."""
+        """Return the next keys."""
         return [self.keys.pop() for _ in range(number)]
 
     def get_keys_by_id(self, peer_sae_id: str, key_ids: Sequence[str]) -> list[QKDKey]:
-        """The next keys, which are the same at the other end."""
+        """Return the next keys, which are the same at the other end."""
         return [self.keys.pop() for _ in key_ids]
 
 
@@ -131,7 +131,7 @@ class Ours:
         self._client.load_verify_locations(cadata=ca.cert_pem.bytes().decode())
 
     def prepare(self) -> None:
-        """Have keys for the next handshakes; announce them where they are to be announced."""
+        """Fetch keys for the next handshakes, and announce them if this pair uses announced keys."""
         alice, bob = self._managers
         alice.keys = self._link[0].get_keys("SAE-B", NUMBER + 1)
         bob.keys = self._link[1].get_keys_by_id("SAE-A", [key.key_id for key in alice.keys])
@@ -139,13 +139,13 @@ class Ours:
             self.bootstrap()
 
     def bootstrap(self) -> None:
-        """A first connection."""
+        """Make a first connection."""
         self._client.forget_associations()
         self._server.forget_associations()
         self._handshake("bootstrap")
 
     def associated(self) -> None:
-        """A later connection."""
+        """Make a later connection."""
         self._handshake("associated")
 
     def _handshake(self, path: str) -> None:
@@ -172,7 +172,7 @@ class Ours:
 
 
 def timed(handshake: Callable[[], None], number: int) -> float:
-    """Microseconds of CPU for each of `number` handshakes."""
+    """Return the microseconds of CPU for each of `number` handshakes."""
     start = time.process_time()
     for _ in range(number):
         handshake()
@@ -180,7 +180,7 @@ def timed(handshake: Callable[[], None], number: int) -> float:
 
 
 def report(samples: dict[str, list[float]]) -> Iterator[str]:
-    """The table: median, middle half, and the ratio to pyOpenSSL round by round."""
+    """Yield the lines of the table: median, middle half, and the ratio to pyOpenSSL round by round."""
     yield f"{'':12}{'median':>8}{'middle half':>18}{'ratio to pyOpenSSL, round by round':>42}"
     for name, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4)
@@ -193,7 +193,7 @@ def report(samples: dict[str, list[float]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""What a key costs a caller: out of a warm `KeyPool`, and asked from the KME directly.
+"""The cost of a key to the caller: from a warm `KeyPool`, and requested from the KME directly.
 
-A KME emulator in this process answers after 20 ms, as one that is that far away. Both ways take turns in one run, so
-that the ratio holds on a noisy machine. Between two keys the pool has time to fetch more, as between two connections of
-a program. Usage::
+A KME emulator in this process answers after 20 ms, like a KME at that distance. Both ways take turns in one
+run, so that the ratio holds on a noisy machine. Between two keys the pool has time to fetch more, as between
+two connections of a program. Usage::
 
     python benchmarks/key_pool.py [--keys 300] [--delay 0.02]
 """
@@ -22,21 +22,21 @@ GOAL = 100  # microseconds
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Return the microseconds that one call takes."""
     begin = time.perf_counter()
     call()
     return (time.perf_counter() - begin) * 1e6
 
 
 def row(name: str, times: list[float], unit: float) -> str:
-    """A line of the table; `unit` is the direct request's median."""
+    """Return a line of the table; `unit` is the direct request's median."""
     cut = statistics.quantiles(times, n=100)
     median = statistics.median(times)
     return f"{name:<16}{median:>9.0f} us{cut[89]:>9.0f} us{cut[98]:>9.0f} us{median / unit:>12.5f}"
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure both ways and print the table."""
     parser = argparse.ArgumentParser(description="A key out of a warm pool, and one from the KME.")
     parser.add_argument("--keys", type=int, default=300, help="of each kind (default 300)")
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""What a link makes: secret key a second, and where the CPU time of each side goes.
+"""The rate of a link: secret key per second, and the CPU time of each step on each side.
 
-First both sides run as processes with their KMEs, on as many cores as there are, and the figures of side A are read
-after a while. Then both parties run in one thread, joined in memory and without authentication, and each step's CPU
-time is taken. Usage::
+First both sides run as processes with their KMEs, on all cores, and the figures of side A are read after a
+while. Then both parties run in one thread, joined in memory and without authentication, and each step's CPU
+time is measured. Usage::
 
     python benchmarks/link_rate.py [--seconds 20] [--block 1000000] [--length 20]
 
@@ -43,7 +43,7 @@ Ts = TypeVarTuple("Ts")
 
 
 def start(side: str, directory: str, arguments: argparse.Namespace, *more: str) -> subprocess.Popen[str]:
-    """One side as a process."""
+    """Start one side as a process."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "kms_client", "link", "--json", "--side", side),
@@ -56,14 +56,14 @@ def start(side: str, directory: str, arguments: argparse.Namespace, *more: str) 
 
 
 def ready(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What it says when it is."""
+    """Return what the process reports when it is ready."""
     assert process.stdout is not None
     said: dict[str, Any] = json.loads(process.stdout.readline())
     return said
 
 
 def processes(arguments: argparse.Namespace) -> None:
-    """Both sides as processes."""
+    """Run both sides as processes and print the rates."""
     with tempfile.TemporaryDirectory(prefix="qkd-link-") as directory:
         a = start("a", directory, arguments)
         there = ready(a)
@@ -88,7 +88,7 @@ def processes(arguments: argparse.Namespace) -> None:
 
 
 def measured(page: str, a: subprocess.Popen[str], b: subprocess.Popen[str], wait: float) -> dict[str, Any]:
-    """The figures of side A after `wait` seconds, at the end of a block, with the CPU seconds of both."""
+    """Return side A's figures after `wait` seconds, at the end of a block, with both sides' CPU seconds."""
     time.sleep(wait)
     kept = None
     while True:
@@ -115,7 +115,7 @@ class Channel:
         self._out.put_nowait(Part(data, last))
 
     async def receive(self) -> Part:
-        """The next part."""
+        """Return the next part."""
         return await self._arriving.get()
 
 
@@ -123,25 +123,25 @@ class Nowhere:
     """A store with room for everything."""
 
     def room(self) -> tuple[int, int]:
-        """Of both directions."""
+        """Return the room for keys of both directions."""
         return BUFFER, BUFFER
 
     async def wait_for_room(self) -> None:
-        """There is room."""
+        """Return at once: there always is room."""
 
     def hold(self, keys: list[SecretKey]) -> None:
-        """Forget them."""
+        """Forget the keys."""
 
     offer = hold
 
     def settle(self) -> None:
-        """Nothing is in doubt."""
+        """Do nothing: no key is in doubt."""
 
     drop = settle
 
 
 def timer(seconds: defaultdict[str, float]) -> Offload:
-    """Computes, and adds the CPU seconds that it took."""
+    """Return an offload that computes at once and adds the CPU seconds it took to `seconds`."""
 
     async def compute(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         begin = time.thread_time()
@@ -153,7 +153,7 @@ def timer(seconds: defaultdict[str, float]) -> Offload:
 
 
 async def steps(arguments: argparse.Namespace) -> None:
-    """Both sides in one thread."""
+    """Run both sides in one thread and print the CPU time of each step."""
     settings = Settings(block_bits=arguments.block)
     optics = DEFAULT.at(arguments.length)
     times: tuple[defaultdict[str, float], defaultdict[str, float]] = defaultdict(float), defaultdict(float)

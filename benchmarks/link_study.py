@@ -1,14 +1,14 @@
-"""Many blocks through the QKD link's post-processing, both sides, and the randomness of the keys that come out.
+"""Many blocks through the QKD link's post-processing, both sides, and the randomness of the resulting keys.
 
-Each block is drawn afresh: the transmitter's bits with a bias, as detectors of unequal efficiency cause it, the
-receiver's with errors at one of several rates. It is reconciled over messages, verified and amplified on each side. The
-report says how many blocks were kept, whether both sides' keys were ever unequal, how many residual errors verification
-found, and how much was told.
+Each block is drawn afresh: the transmitter's bits with a bias, as detectors of unequal efficiency cause it,
+the receiver's with errors at one of several rates. It is reconciled over messages, verified and amplified on
+each side. The report says how many blocks were kept, whether both sides' keys were ever unequal, how many
+residual errors verification found, and how many bits leaked.
 
-Then the keys, one after the other, go through tests of dieharder (R. Brown's battery, with Marsaglia's diehard and
-tests of NIST SP 800-22), with as many samples as there is data for at the default size: nothing is read twice. The
-sifted bits of the transmitter go through the same tests, as a control: they have a bias, so that some test must fail.
-Usage::
+Then the keys, one after the other, go through tests of dieharder (R. Brown's battery, with Marsaglia's
+diehard and tests of NIST SP 800-22), with as many samples as the default size has data for: nothing is read
+twice. The transmitter's sifted bits go through the same tests, as a control: they have a bias, so that some
+test must fail. Usage::
 
     python benchmarks/link_study.py [--blocks 10000] [--bits 75000] [--no-battery]
 """
@@ -47,7 +47,7 @@ Bits = NDArray[np.uint8]
 
 @dataclass
 class Figures:
-    """What has come out so far; bits are packed, one block's after the other's."""
+    """The results so far; bits are packed, one block's after the other's."""
 
     blocks: int = 0
     kept: int = 0
@@ -64,7 +64,7 @@ class Figures:
     sifted: list[bytes] = field(default_factory=list, repr=False)
 
     def report(self) -> str:
-        """The figures in words."""
+        """Return the figures in words."""
         efficiency = self.leaked_bits / self.least_bits
         return "\n".join(
             (
@@ -79,12 +79,12 @@ class Figures:
 
 
 def entropy(rate: float) -> float:
-    """The binary entropy function."""
+    """Return the binary entropy of `rate`."""
     return -rate * log2(rate) - (1 - rate) * log2(1 - rate) if 0 < rate < 1 else 0.0
 
 
 def secret_bits(bits: int, errors: int, leaked: int) -> int:
-    """The length of the key if there are as many phase errors as bit errors, and each pulse is a single photon.
+    """Return the length of the key for as many phase errors as bit errors, and a single photon in each pulse.
 
     The link counts with decoy states instead: `kms_client.emulator.link.postprocessing.finite_key`.
     """
@@ -133,7 +133,7 @@ def one_block(bits: int, rate: float, rng: np.random.Generator, figures: Figures
 
 
 def study(blocks: int, bits: int, rates: Sequence[float], rng: np.random.Generator) -> Figures:
-    """`blocks` blocks of `bits` bits, with the error rates in turn."""
+    """Process `blocks` blocks of `bits` bits, with the error rates in turn."""
     figures = Figures()
     for number in range(blocks):
         one_block(bits, rates[number % len(rates)], rng, figures)
@@ -159,7 +159,7 @@ Outcome = list[tuple[str, list[float]]]
 
 
 def battery(data: bytes) -> Outcome:
-    """The name of each test and its p-values, none if there is too little data, for `data` as random bytes."""
+    """Return each test's name and p-values for `data` as random bytes; no p-values if data is too short."""
     program = shutil.which("dieharder")
     if program is None:
         raise SystemExit("dieharder is not installed (Debian package dieharder); --no-battery does without")
@@ -185,7 +185,7 @@ def battery(data: bytes) -> Outcome:
 
 
 def table(title: str, outcome: Outcome) -> str:
-    """The outcome of the battery. A p-value outside of 1e-6 to 1 - 1e-6 is a failure, as for dieharder."""
+    """Return the outcome as a table; as in dieharder, a p-value outside 1e-6 to 1 - 1e-6 is a failure."""
     lines = [f"{title:<40}{'p-values':>9}{'smallest':>10}{'largest':>10}  verdict"]
     for name, values in outcome:
         if not values:
@@ -199,7 +199,7 @@ def table(title: str, outcome: Outcome) -> str:
 
 
 def main() -> None:
-    """Study, print."""
+    """Run the study and print it."""
     parser = argparse.ArgumentParser(description="Blocks through the post-processing of the QKD link.")
     parser.add_argument("--blocks", type=int, default=10_000, help="how many (default 10000)")
     parser.add_argument("--bits", type=int, default=75_000, help="sifted bits of each (default 75000)")

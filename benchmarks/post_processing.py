@@ -1,8 +1,8 @@
-"""What the post-processing of a sifted block costs: CPU seconds of each side on one core, by error rate and by step.
+"""The cost of post-processing a sifted block: CPU seconds of each side on one core, by error rate and step.
 
-A block of 10**6 bits is reconciled, verified and amplified to half its length, both sides in one thread, each side's
-calls timed on their own. The ratio is to sorting as many random 64-bit numbers in the same run, so that it holds on a
-noisy machine. Usage::
+A block of 10**6 bits is reconciled, verified and amplified to half its length, both sides in one thread, each
+side's calls timed on their own. The ratio is to the time for sorting as many random 64-bit numbers in the
+same run, so that it holds on a noisy machine. Usage::
 
     python benchmarks/post_processing.py [--bits 1000000] [--rounds 3]
 """
@@ -36,19 +36,19 @@ class Stopwatch:
         self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     def call(self, side: str, step: str, function: Callable[[], Result]) -> Result:
-        """The function's result; its time is added to the step's."""
+        """Return the function's result; add its CPU time to the step's."""
         begin = time.process_time()
         result = function()
         self.seconds[side, step] += time.process_time() - begin
         return result
 
     def side(self, side: str) -> float:
-        """What all steps of a side took."""
+        """Return the CPU seconds of all steps of a side."""
         return sum(seconds for (owner, _), seconds in self.seconds.items() if owner == side)
 
 
 def process(bits: int, rate: float, watch: Stopwatch) -> tuple[float, int, int]:
-    """One block; the efficiency, the number of questions, and their bytes with those of the answers."""
+    """Process one block; return the efficiency, the number of questions, and the bytes of all messages."""
     rng = np.random.default_rng()
     sent = rng.integers(0, 2, bits, dtype=np.uint8)
     received = sent ^ (rng.random(bits) < rate).astype(np.uint8)
@@ -74,7 +74,7 @@ def process(bits: int, rate: float, watch: Stopwatch) -> tuple[float, int, int]:
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description="CPU time of the post-processing of the QKD link.")
     parser.add_argument("--bits", type=int, default=1_000_000, help="of a sifted block (default 1000000)")
     parser.add_argument("--rounds", type=int, default=3, help="blocks at each error rate (default 3)")

@@ -1,4 +1,4 @@
-"""How fast data moves: `sendall` and `recv_into` over a TCP connection on loopback.
+"""The speed of data: `sendall` and `recv_into` over a TCP connection on loopback.
 
 Plain pyOpenSSL on a blocking socket and qkd-tls take turns in one run, with the same cipher suite
 (TLS_AES_256_GCM_SHA384), the same buffers, and sender and receiver in two processes. Usage::
@@ -29,27 +29,27 @@ CHUNK = 1 << 18
 
 
 class Stream(Protocol):
-    """What both kinds of connection can do."""
+    """The methods that both kinds of connection have."""
 
     def sendall(self, data: bytes, /) -> object:
-        """Send everything."""
+        """Send all of `data`."""
 
     def recv_into(self, buffer: bytearray, /) -> int:
-        """Receive something."""
+        """Receive at least one byte."""
 
 
 class Kind(Protocol):
-    """Makes a connection of one kind out of a TCP connection."""
+    """A kind of TLS connection, made from a TCP connection."""
 
     def client(self, sock: socket.socket) -> Stream:
-        """The receiver's end."""
+        """Return the receiver's end."""
 
     def server(self, sock: socket.socket) -> Stream:
-        """The sender's end."""
+        """Return the sender's end."""
 
 
 class PyOpenSSL:
-    """As an ordinary pyOpenSSL program does it."""
+    """Connections of an ordinary pyOpenSSL program."""
 
     def __init__(self, ca: trustme.CA, leaf: trustme.LeafCert) -> None:
         self._contexts = SSL.Context(SSL.TLS_METHOD), SSL.Context(SSL.TLS_METHOD)
@@ -60,7 +60,7 @@ class PyOpenSSL:
         leaf.configure_cert(self._contexts[1])
 
     def client(self, sock: socket.socket) -> SSL.Connection:
-        """The receiver's end."""
+        """Return the receiver's end."""
         connection = SSL.Connection(self._contexts[0], sock)
         connection.set_tlsext_host_name(NAME.encode())
         connection.set_connect_state()
@@ -68,7 +68,7 @@ class PyOpenSSL:
         return connection
 
     def server(self, sock: socket.socket) -> SSL.Connection:
-        """The sender's end."""
+        """Return the sender's end."""
         connection = SSL.Connection(self._contexts[1], sock)
         connection.set_accept_state()
         connection.do_handshake()
@@ -76,7 +76,7 @@ class PyOpenSSL:
 
 
 class QKDTLS:
-    """The same with qkd-tls."""
+    """Connections of qkd-tls with the same settings."""
 
     def __init__(self, ca: trustme.CA, leaf: trustme.LeafCert) -> None:
         alice, bob = LocalKeyManager("SAE-A"), LocalKeyManager("SAE-B")
@@ -92,16 +92,16 @@ class QKDTLS:
             self._server.load_cert_chain(pem)
 
     def client(self, sock: socket.socket) -> qkd_tls.QKDSocket:
-        """The receiver's end."""
+        """Return the receiver's end."""
         return self._client.wrap_socket(sock, server_hostname=NAME)
 
     def server(self, sock: socket.socket) -> qkd_tls.QKDSocket:
-        """The sender's end."""
+        """Return the sender's end."""
         return self._server.wrap_socket(sock, server_side=True)
 
 
 def send(kinds: dict[str, Kind], listener: socket.socket, order: list[str], size: int) -> None:
-    """The other process: accepts a connection of each kind in turn and sends `size` bytes."""
+    """Accept a connection of each kind in turn and send `size` bytes; runs in the other process."""
     data = bytes(CHUNK)
     for name in order:
         sock, _ = listener.accept()
@@ -114,7 +114,7 @@ def send(kinds: dict[str, Kind], listener: socket.socket, order: list[str], size
 
 
 def receive(stream: Stream, size: int) -> float:
-    """Receive `size` bytes; returns megabytes (10^6 bytes) a second."""
+    """Receive `size` bytes; return megabytes (10^6 bytes) per second."""
     buffer = bytearray(CHUNK)
     start = time.perf_counter()
     missing = size
@@ -126,7 +126,7 @@ def receive(stream: Stream, size: int) -> float:
 
 
 def measure(kinds: dict[str, Kind], rounds: int, size: int, progress: Callable[[str], None]) -> Iterator[str]:
-    """Run the rounds and give the lines of the table."""
+    """Run the rounds and yield the lines of the table."""
     order = [name for _ in range(rounds) for name in kinds]
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -147,7 +147,7 @@ def measure(kinds: dict[str, Kind], rounds: int, size: int, progress: Callable[[
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

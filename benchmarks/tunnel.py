@@ -1,8 +1,8 @@
-"""What the tunnel moves, beside stunnel with plain TLS 1.3; and the memory of idle connections.
+"""The tunnel's throughput, beside stunnel with plain TLS 1.3; and the memory of idle connections.
 
-A plain sender, a client tunnel, a server tunnel and a plain receiver, each a process of its own, over loopback. The two
-programs take turns in one run, with the same cipher suite (TLS_AES_256_GCM_SHA384) and certificate. The ratio is the
-median over the rounds. Usage::
+A plain sender, a client tunnel, a server tunnel and a plain receiver, each a process of its own, over
+loopback. The two programs take turns in one run, with the same cipher suite (TLS_AES_256_GCM_SHA384) and
+certificate. The ratio is the median over the rounds. Usage::
 
     python benchmarks/tunnel.py [--megabytes 512] [--rounds 7] [--idle 2000]
 
@@ -47,7 +47,7 @@ class Files:
 
     @classmethod
     def make(cls, folder: Path) -> Files:
-        """New ones."""
+        """Create new files in the folder."""
         ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
         leaf = ca.issue_cert(NAME, key_type=trustme.KeyType.ECDSA)
         files = cls(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
@@ -59,14 +59,14 @@ class Files:
 
 
 def free_port() -> int:
-    """A port that is free now."""
+    """Return a port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager
 def process(command: list[str], port: int) -> Iterator[int]:
-    """Run a program until the end of the block; its process ID, once the port accepts."""
+    """Run a program until the end of the block; yield its process ID once the port accepts."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         try:
             deadline = time.monotonic() + START
@@ -92,7 +92,7 @@ def process(command: list[str], port: int) -> Iterator[int]:
 def qkd_tunnels(
     folder: Path, files: Files, kmes: RunningPair, target: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Both tunnels; the port to connect to, and their process IDs."""
+    """Run both tunnels; yield the port to connect to and their process IDs."""
     pki = kmes.pki
     ports = {"server": free_port(), "client": free_port()}
     for mode, url, sae, cert, key, connect in (
@@ -121,7 +121,7 @@ def qkd_tunnels(
 
 @contextlib.contextmanager
 def stunnels(folder: Path, files: Files, target: int) -> Iterator[tuple[int, list[int]]]:
-    """The same with stunnel."""
+    """Run two stunnels instead; yield the port to connect to and their process IDs."""
     program = shutil.which("stunnel4") or shutil.which("stunnel")
     if program is None:
         raise SystemExit("stunnel is not installed")
@@ -149,7 +149,10 @@ def stunnels(folder: Path, files: Files, target: int) -> Iterator[tuple[int, lis
 
 
 def far_end(listener: socket.socket) -> None:
-    """The other process. A connection says first what to do: `u`, swallow what comes, or `d`, send that much."""
+    """Serve transfers in the other process.
+
+    The first byte of a connection is `u` (receive data) or `d` (send data); the next eight are its size.
+    """
     buffer = bytearray(CHUNK)
     while True:
         sock, _ = listener.accept()
@@ -169,7 +172,7 @@ def far_end(listener: socket.socket) -> None:
 
 
 def transfer(port: int, direction: str, size: int) -> float:
-    """Megabytes (10^6 bytes) a second in one direction."""
+    """Return megabytes (10^6 bytes) per second in one direction."""
     buffer = bytearray(CHUNK)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         start = time.perf_counter()
@@ -192,7 +195,7 @@ def transfer(port: int, direction: str, size: int) -> float:
 
 
 def throughput(ports: dict[str, int], rounds: int, size: int) -> None:
-    """Take turns, and print."""
+    """Measure both programs in turn and print the rates."""
     for direction, text in (("u", "client to server"), ("d", "server to client")):
         rates: dict[str, list[float]] = {name: [] for name in ports}
         for number in range(rounds + 1):
@@ -215,7 +218,7 @@ def throughput(ports: dict[str, int], rounds: int, size: int) -> None:
 
 
 def idle(port: int, pids: list[int], number: int) -> None:
-    """Open connections, pass a byte over each in both directions, and print what the processes take then."""
+    """Open connections, pass a byte over each in both directions, and print the memory of the processes."""
 
     def rss() -> list[float]:
         return [psutil.Process(pid).memory_info().rss / 1e6 for pid in pids]
@@ -239,7 +242,7 @@ def idle(port: int, pids: list[int], number: int) -> None:
 
 
 def echo_bytes(listener: socket.socket) -> None:
-    """The other process: sends back the first byte of each connection and keeps it open."""
+    """Send back the first byte of each connection and keep it open; runs in the other process."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     kept = []
     while True:
@@ -250,7 +253,7 @@ def echo_bytes(listener: socket.socket) -> None:
 
 @contextlib.contextmanager
 def helper(work: object) -> Iterator[int]:
-    """A listening process; its port."""
+    """Run `work` in a process with a listening socket; yield the port."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         running = multiprocessing.get_context("fork").Process(target=work, args=(listener,), daemon=True)  # type: ignore[arg-type]
         running.start()
@@ -262,7 +265,7 @@ def helper(work: object) -> Iterator[int]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Measure throughput and memory, and print both."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

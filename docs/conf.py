@@ -1,4 +1,4 @@
-"""How `sphinx-build -W -n --keep-going docs docs/_build/html` builds this manual. It needs no network."""
+"""Settings of `sphinx-build -W -n --keep-going docs docs/_build/html`, which needs no network."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s]+)\)")
 
 
 def _fit_readme(_app: Any, path: Path, _parent: str, content: list[str]) -> None:
-    """README.md is the front page: links to docs/ are relative to it, and other files are not in the manual."""
+    """Fit README.md, the front page: strip docs/ from its links, and drop links out of the manual."""
 
     def fitted(link: re.Match[str]) -> str:
         image, text, target = link.groups()
@@ -97,7 +97,7 @@ def _split_sections(app: Any, what: str, name: str, obj: Any, options: Any, line
 def _init_signature(
     _app: Any, what: str, _name: str, obj: Any, _options: Any, signature: str | None, _returns: Any
 ) -> tuple[str, None] | None:
-    """Where `__new__` passes everything on ("**_"), show what `__init__` takes."""
+    """Show the arguments of `__init__` if `__new__` passes everything on ("**_")."""
     if what != "class" or "**_" not in (signature or ""):
         return None
     taken = inspect.signature(obj.__init__, bound_method=True)
@@ -105,7 +105,7 @@ def _init_signature(
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Connect the handlers; called by Sphinx."""
     app.connect("autodoc-process-signature", _init_signature)
     app.connect("autodoc-process-docstring", _split_sections)
     app.connect("include-read", _fit_readme)

@@ -1,4 +1,4 @@
-"""Draws the engine's two state machines and writes its tables, from the table of transitions itself.
+"""Draw the engine's two state machines and write its tables, from the table of transitions itself.
 
 Usage, from the root of the repository, with the package installed::
 
@@ -31,7 +31,7 @@ ASKS_PROGRAM: Final = {State.SERVER_NAME}
 
 @dataclass(frozen=True)
 class Layout:
-    """A column of states from top to bottom, and one that stands to the left of the two that it is between."""
+    """A column of states from top to bottom, and one state to the left, between two of them."""
 
     role: str
     column: tuple[State, ...]
@@ -72,7 +72,7 @@ LAYOUTS: Final = (
 
 
 def arrows(layout: Layout) -> dict[tuple[State, State], list[Event]]:
-    """Events by where they lead from and to."""
+    """Return the events by the states that they lead from and to."""
     found: dict[tuple[State, State], list[Event]] = {}
     for (state, event), after in TRANSITIONS.items():
         if state in layout.states:
@@ -81,7 +81,7 @@ def arrows(layout: Layout) -> dict[tuple[State, State], list[Event]]:
 
 
 def told(name: str) -> str:
-    """A name from the code, for people."""
+    """Return a name from the code as words."""
     return name.lower().replace("_", " ").replace("psk", "PSK")
 
 
@@ -147,7 +147,7 @@ class _Picture:
         return "\n".join(parts) + "\n"
 
     def _y(self, state: State) -> float:
-        """The middle of a state's box."""
+        """Return the middle of a state's box."""
         return _TOP + _ROW * (self._aside_row if state is self._layout.aside else self._rows[state])
 
     def _left(self, state: State) -> float:
@@ -247,14 +247,14 @@ def _labels(
 
 
 def state_table() -> str:
-    """Every state with its meaning."""
+    """Return every state with its meaning."""
     lines = ["| state | meaning |", "| --- | --- |"]
     lines += [f"| `{state.name}` | {state.value} |" for state in State]
     return "\n".join(lines)
 
 
 def transition_table() -> str:
-    """Every transition."""
+    """Return every transition."""
     lines = ["| state | event | meaning of the event | next state |", "| --- | --- | --- | --- |"]
     lines += [
         f"| `{state.name}` | `{event.name}` | {event.value} | `{after.name}` |"
@@ -264,7 +264,7 @@ def transition_table() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with its generated parts made anew."""
+    """Return the page with its generated parts made anew."""
     for name, text in (("states", state_table()), ("transitions", transition_table())):
         page, count = re.subn(
             rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)",
@@ -278,7 +278,7 @@ def with_tables(page: str) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Every file that is made from the table of transitions, as it should be."""
+    """Return the correct text of every file that is made from the table of transitions."""
     made = {DOCS / "_static" / f"engine-{layout.role}.svg": _Picture(layout).svg() for layout in LAYOUTS}
     page = DOCS / "engine.md"
     return {**made, page: with_tables(page.read_text(encoding="utf-8"))}

@@ -1,4 +1,4 @@
-"""Draws the plots of the page about the emulated link: formulas as lines, simulations of the optics as points.
+"""Draw the plots of the page about the emulated link: formulas as lines, simulations of the optics as points.
 
 Usage, from the root of the repository, with the package and matplotlib installed (takes half a minute)::
 
@@ -33,19 +33,19 @@ from kms_client.emulator.link.postprocessing.finite_key import Security, binary_
 STATIC: Final = Path(__file__).resolve().parent / "_static"
 SECURITY: Final = Security()
 CASCADE: Final = 1.12
-"""What reconciliation tells, in units of the Shannon limit, on the default link; GYS has 1.22 as in the paper."""
+"""Bits leaked by reconciliation on the default link, in Shannon limits; GYS has 1.22 as in the paper."""
 PAPER: Final = 1.22
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#c85200", "#2a7f3f", "#6b6b6b"
 
 
 def simulate(optics: Optics, pulses: int, seed: int) -> ExperimentCounts:
-    """One frame."""
+    """Simulate one frame."""
     return total(run(optics, pulses, np.random.default_rng(seed)))
 
 
 def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
-    """Secret bits for each pulse, with blocks of so many key bits, each counting what is expected on average."""
+    """Return secret bits per pulse, for blocks of so many key bits with the counts expected on average."""
     pulses = key_bits / sum(expected_counts(optics, 1e15).key) * 1e15
     counts = expected_counts(optics, pulses)
     seen = rates(optics)
@@ -55,7 +55,7 @@ def finite_rate(optics: Optics, key_bits: float, efficiency: float) -> float:
 
 
 def simulated_share(seen: ExperimentCounts, optics: Optics) -> float:
-    """The share of the key bits of a simulated block that is secret."""
+    """Return the secret share of a simulated block's key bits."""
     counts = seen.block_counts()
     key_bits = sum(counts.key)
     leaked = round(key_bits * CASCADE * binary_entropy(seen.key_qber))
@@ -65,7 +65,7 @@ def simulated_share(seen: ExperimentCounts, optics: Optics) -> float:
 def qber_points(
     axes: Axes, x: np.ndarray, counts: list[tuple[int, int]], marker: str, label: str | None
 ) -> None:
-    """Error rates in percent with their standard errors, from the numbers of errors and of detections."""
+    """Plot error rates in percent with their standard errors, from the numbers of errors and detections."""
     errors, detected = np.array(counts).T
     qber = errors / detected
     axes.errorbar(
@@ -83,13 +83,13 @@ def qber_points(
 def curve(
     axes: Axes, x: np.ndarray, function: Callable[[float], float], label: str, color: str, style: str = "-"
 ) -> None:
-    """A line where the function is above 0."""
+    """Draw a line wherever the function is above 0."""
     y = np.array([function(float(value)) for value in x])
     axes.plot(x, np.where(y > 0, y, np.nan), style, color=color, label=label)
 
 
 def save(figure: Figure, name: str) -> None:
-    """As SVG that is the same each time."""
+    """Save a figure as SVG, the same bytes each time."""
     figure.savefig(STATIC / name, metadata={"Date": None, "Creator": None}, facecolor="white")
     text = (STATIC / name).read_text(encoding="utf-8")
     (STATIC / name).write_text(
@@ -98,7 +98,7 @@ def save(figure: Figure, name: str) -> None:
 
 
 def rate_against_distance() -> None:
-    """GYS: the simulation against the analytic rate, and blocks of finite size below it."""
+    """Plot GYS: the simulation against the analytic rate, and blocks of finite size below it."""
     figure = Figure(figsize=(7.2, 6.0), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     x = np.concatenate([np.arange(0, 118, 1.0), np.arange(118, 143, 0.05)])
@@ -173,7 +173,7 @@ def rate_against_distance() -> None:
 
 
 def default_against_distance() -> None:
-    """The default link: bits a second and QBER."""
+    """Plot the default link: bits per second and QBER."""
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     x = np.arange(0, 281, 2.0)
@@ -227,7 +227,7 @@ def default_against_distance() -> None:
 
 
 def intercepted() -> None:
-    """QBER and secret share against the intercepted fraction of pulses."""
+    """Plot QBER and secret share against the intercepted fraction of pulses."""
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     x = np.linspace(0, 1, 101)
@@ -282,7 +282,7 @@ def intercepted() -> None:
 
 
 def splitting() -> None:
-    """What photon-number splitting changes, and what it does not, at 50 km."""
+    """Plot the effects of photon-number splitting at 50 km."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     honest = DEFAULT.at(50)
@@ -321,7 +321,7 @@ def splitting() -> None:
 
 
 def main() -> None:
-    """Draws all plots."""
+    """Draw all plots."""
     mpl.rcParams.update({"svg.hashsalt": "qkd-link", "font.size": 10, "axes.titlesize": 11})
     rate_against_distance()
     default_against_distance()

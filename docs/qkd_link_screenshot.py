@@ -1,6 +1,7 @@
-"""Runs a link, with an eavesdropper for a while and a man in the middle for a moment, and pictures its page.
+"""Run a link, for a while with an eavesdropper and a man in the middle, and take a picture of its page.
 
-`python docs/qkd_link_screenshot.py` from the top folder; needs the group `test` and Chromium, and takes a minute.
+`python docs/qkd_link_screenshot.py` from the top folder; needs the group `test` and Chromium, and takes a
+minute.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def look(ready: dict[str, str], folder: Path) -> None:
-    """Do what is to be seen, and take the picture."""
+    """Act out the events that the picture shows, and take it."""
     urls = [kme["url"] for kme in ready["kmes"]]  # type: ignore[index]
     master, slave = (
         Etsi014Client(

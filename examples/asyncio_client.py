@@ -1,4 +1,4 @@
-"""Says hello to examples/asyncio_server.py, three times on three connections.
+"""Say hello to examples/asyncio_server.py, three times on three connections.
 
     python examples/asyncio_client.py DIRECTORY PORT KME-URL
 

@@ -15,12 +15,12 @@ from kms_client import Etsi014Client, SecureSite
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers every GET; prints what protected the connection."""
+    """A handler that answers every GET and prints what protected the connection."""
 
     timeout = 30  # seconds, also for the handshake
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer a GET."""
         qkd = self.connection.qkd
         print(f"{self.path}: {qkd.protection}, {qkd.group}, {qkd.path}, key {qkd.key_id}", flush=True)
         body = f"Hello over a connection with protection {qkd.protection}.\n".encode()

@@ -40,14 +40,14 @@ HTTP = "http/1.1"
 
 
 class LeakySource(OSRandomSource):
-    """The keys of a KME pair whose maker keeps a copy of each."""
+    """A source of a KME pair's keys that keeps a copy of each."""
 
     def __init__(self) -> None:
         super().__init__(rate=0)
         self.leaked: list[bytes] = []
 
     def make(self) -> bytearray:
-        """One key, and a copy for the attacker."""
+        """Make one key, and a copy for the attacker."""
         key = super().make()
         self.leaked.append(bytes(key))
         return key
@@ -55,35 +55,35 @@ class LeakySource(OSRandomSource):
 
 @dataclass
 class Recorded:
-    """A connection: what the attacker has of it today, and what may come to light later."""
+    """A connection: the attacker's recording of it today, and the secrets that may come to light later."""
 
     name: str
     recording: Recording
     ephemeral: list[EphemeralSecrets] = field(repr=False)
     association: Association | None = None
     protection: str | None = None
-    """What the server says of the connection with a QKD key."""
+    """The server's report about the connection with a QKD key."""
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTPS server; it notes what protected its last connection, where the context is one of `qkd_tls`."""
+    """An HTTPS server; it notes what protected its last connection if the context is one of `qkd_tls`."""
 
     protection: str | None = None
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The host and port it listens on."""
         return "127.0.0.1", self.server_port
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers every GET with a secret."""
+    """A handler that answers every GET with a secret."""
 
     timeout = 30  # seconds, also for the handshake
     server: Server
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer a GET."""
         if isinstance(self.connection, qkd_tls.QKDSocket) and (qkd := self.connection.qkd):
             self.server.protection = f"{qkd.protection}, {qkd.group}, {qkd.cipher}"
         self.send_response(200)
@@ -92,12 +92,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(ANSWER)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def https_server(context: ssl.SSLContext, pki: DemoPKI) -> Iterator[Server]:
-    """An HTTPS server in a thread."""
+    """Run an HTTPS server in a thread."""
     context.load_cert_chain(pki.server_cert, pki.server_key)
     context.set_alpn_protocols([HTTP])
     with Server(("127.0.0.1", 0), Handler) as server:
@@ -121,7 +121,7 @@ def request(client: Client) -> None:
 
 
 def record_plain(group: int, context: ssl.SSLContext, pki: DemoPKI) -> Recorded:
-    """A connection of ordinary TLS 1.3 with this group."""
+    """Record a connection of ordinary TLS 1.3 with this group."""
     name = {wire.X25519: "X25519", wire.X25519MLKEM768: "X25519MLKEM768"}[group]
     with https_server(context, pki) as server, RecordingProxy(server.address) as tap:
         client = Client(
@@ -133,7 +133,7 @@ def record_plain(group: int, context: ssl.SSLContext, pki: DemoPKI) -> Recorded:
 
 
 def record_hybrid(pki: DemoPKI, kme_a: Etsi014Client, kme_b: Etsi014Client) -> Recorded:
-    """A first connection of qkd-tls/1: the bootstrap, and the hybrid handshake that the request goes through."""
+    """Record a first connection of qkd-tls/1: the bootstrap, and the hybrid handshake for the request."""
     context = qkd_tls.create_default_context(ssl.Purpose.CLIENT_AUTH, key_manager=kme_b)
     with https_server(context, pki) as server, RecordingProxy(server.address) as tap:
         connection = connect_hybrid(
@@ -146,19 +146,19 @@ def record_hybrid(pki: DemoPKI, kme_a: Etsi014Client, kme_b: Etsi014Client) -> R
 
 
 def new_key(kme: Etsi014Client) -> QKDKeyMaterial:
-    """A QKD key to use with the server."""
+    """Return a QKD key to use with the server."""
     (key,) = kme.get_keys("SAE-B")
     with key.use() as secret:
         return QKDKeyMaterial(key.key_id, bytes(secret))
 
 
 def trusted(pki: DemoPKI) -> x509.Certificate:
-    """The CA of the server's certificate."""
+    """Return the CA of the server's certificate."""
     return x509.load_pem_x509_certificate(Path(pki.app_ca).read_bytes())
 
 
 def record_three(source: LeakySource) -> list[Recorded]:
-    """The same request over each kind of connection."""
+    """Record the same request over each kind of connection."""
     with ExitStack() as stack:
         pair = stack.enter_context(run_pair(source=source, buffer=32))
         kme_a, kme_b = (stack.enter_context(closing(pair.client(side))) for side in ("a", "b"))
@@ -179,9 +179,10 @@ def record_three(source: LeakySource) -> list[Recorded]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What the attacker has gained beside his recordings, and what he must be able to read then.
+    """The attacker's gains beside his recordings, and what he must be able to read then.
 
-    `reads` has names of columns. An association secret can be had by breaking the bootstrap, or from a peer's memory.
+    `reads` has names of columns. An association secret leaks by breaking the bootstrap, or from a peer's
+    memory.
     """
 
     text: str
@@ -207,7 +208,7 @@ SCENARIOS = (
 
 @dataclass
 class Outcome:
-    """What came of one scenario: the columns that were read, and why the request of the third was not."""
+    """The result of one scenario: the columns that were read, and why the third request was not."""
 
     scenario: Scenario
     reads: frozenset[str]
@@ -215,7 +216,7 @@ class Outcome:
 
     @property
     def as_expected(self) -> bool:
-        """Whether exactly those were read that had to be."""
+        """True if exactly the expected columns were read."""
         return self.reads == self.scenario.reads
 
 
@@ -235,7 +236,7 @@ def attack(scenario: Scenario, connections: Sequence[Recorded], leaked: Sequence
 
 
 def was_read(column: str, result: Opened | Sealed) -> bool:
-    """Whether the request and its answer were found; in a bootstrap, the association."""
+    """Return whether the request and its answer were found; for a bootstrap, whether the association was."""
     if isinstance(result, Sealed):
         return False
     if column == BOOTSTRAP:
@@ -247,7 +248,7 @@ def was_read(column: str, result: Opened | Sealed) -> bool:
 
 
 def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The outcomes, a line each."""
+    """Yield the table's lines, one per outcome."""
     yield f"{'':32}{'1':10}{'2':18}3 qkd-tls/1"
     yield f"{'the attacker has':32}{PLAIN:10}{ML:18}{BOOTSTRAP:13}{HYBRID:10}missing for the request of 3"
     for outcome in outcomes:
@@ -257,7 +258,7 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Record, attack, report. 0 if everything was as it should be."""
+    """Record, attack and report. Return 0 if every outcome was as expected, 1 if not."""
     print("Today: the same request over three connections, each through the attacker's tap")
     source = LeakySource()
     connections = record_three(source)

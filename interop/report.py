@@ -1,6 +1,6 @@
 """Run the matrix of docs/interop.md and write its tables: `python -m interop.report`.
 
-Takes the programs that `.ci/run` installs.
+It needs the programs that `.ci/run` installs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.sockets import Authority, Lab
 
 
 def main() -> None:
-    """Needs no arguments."""
+    """Run the matrix and write the tables; takes no arguments."""
     with run_pair(rate=2000.0, buffer=2000) as kmes, tempfile.TemporaryDirectory(prefix="qkd-tls-") as folder:
         ca = Authority(Path(folder))
         managers = {"client": kmes.client("a"), "server": kmes.client("b")}

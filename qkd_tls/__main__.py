@@ -1,4 +1,4 @@
-"""`python -m qkd_tls` is the command `qkd-tls`."""
+"""The command `qkd-tls` as `python -m qkd_tls`."""
 
 from qkd_tls.cli import main
 

@@ -1,4 +1,4 @@
-"""Associations: what two sides remember from a bootstrap, and where they keep it.
+"""Associations: the state that two sides keep after a bootstrap, and its stores.
 
 An association lives in the memory of one process and is wiped when it ends. It ends with its lifetime, with the
 peer's certificate, after `MAX_CONNECTIONS` connections (both sides remember the spent key IDs, which must not grow
@@ -26,11 +26,11 @@ MAX_CONNECTIONS = 1000
 
 
 class KeySpent(ValueError):
-    """This key ID has been used in this association before."""
+    """A key ID that has been used in this association before."""
 
 
 class AssociationEnded(ValueError):
-    """The association's secret has been wiped in the meantime."""
+    """An association whose secret has been wiped in the meantime."""
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class Association:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _closed: bool = False
     id: bytes = field(init=False)
-    """16 bytes, public."""
+    """The association ID: 16 bytes, public."""
     _tagger: HMAC | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,12 +57,12 @@ class Association:
         self._tagger = tag_hmac(self.secret)
 
     def verify_tag(self, identity: PSKIdentity) -> None:
-        """Raise ValueError unless the identity was made by somebody who holds the association secret."""
+        """Raise ValueError unless the identity was made by a holder of the association secret."""
         with self._lock:
             identity.verify_tag(self._open_tagger())
 
     def psk(self, key: QKDKey, kdf: KDF, *, identity: bytes | None = None, announced: bool = False) -> PSK:
-        """Use up a QKD key: mix it with the association secret, under the identity that the client sent or a new one.
+        """Use up a QKD key: mix it with the association secret, under the client's identity or a new one.
 
         Raises AssociationEnded (the key is still unused then), kms_client.KeyAlreadyUsed, and ValueError for a key of
         less than 256 bits.
@@ -95,16 +95,16 @@ class Association:
 
     @property
     def announced(self) -> int:
-        """How many announced keys are left."""
+        """The number of announced keys left."""
         return len(self._announced)
 
     def take_announced(self) -> QKDKey | None:
-        """Client: the oldest announced key, or None."""
+        """Remove and return the oldest announced key of a client, or None."""
         with self._lock:
             return self._announced.popitem(last=False)[1] if self._announced else None
 
     def spend(self, key_id: str) -> QKDKey | None:
-        """Mark a key ID as used; returns its key where it was announced. Raises KeySpent the second time."""
+        """Mark a key ID as used; return its key if it was announced. Raises KeySpent the second time."""
         with self._lock:
             if key_id in self._spent:
                 raise KeySpent(f"key {key_id} has been used before in this association")
@@ -112,7 +112,7 @@ class Association:
             return self._announced.pop(key_id, None)
 
     def usable(self, now: float) -> bool:
-        """Whether it may serve another connection at Unix time `now`."""
+        """Return whether it may serve another connection at Unix time `now`."""
         return not self._closed and now < self.expires_at and len(self._spent) < MAX_CONNECTIONS
 
     def close(self) -> None:
@@ -126,10 +126,11 @@ class Association:
 
 
 class AssociationStore:
-    """Associations of one context; safe for threads. A forked child starts with none.
+    """The associations of one context; safe for threads. A forked child starts with none.
 
-    A server finds them by ID, a client by scope: whatever has to be equal for reuse (server name, trust store, client
-    certificate, peer SAE). At most `capacity` are kept; the least recently used goes first.
+    A server finds them by ID, a client by scope: everything that must be equal for reuse (server name, trust
+    store, client certificate, peer SAE). At most `capacity` are kept; the least recently used is dropped
+    first.
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
@@ -164,7 +165,7 @@ class AssociationStore:
                 self._drop(next(iter(self._by_id.values())))
 
     def by_id(self, association_id: bytes, now: float) -> Association | None:
-        """Server: the usable association of this ID at Unix time `now`."""
+        """Return the usable association of an ID that a server was sent, at Unix time `now`."""
         with self._lock:
             association = self._by_id.get(association_id)
             if association is None:
@@ -176,7 +177,7 @@ class AssociationStore:
             return association
 
     def by_scope(self, scope: Hashable, now: float) -> Association | None:
-        """Client: a usable association of this scope at Unix time `now`, one with announced keys before others."""
+        """Return a usable association of a client's scope at Unix time `now`, preferring announced keys."""
         with self._lock:
             found = None
             for association in self._by_scope.get(scope, ())[:]:
@@ -192,7 +193,7 @@ class AssociationStore:
             self._drop(association)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all associations."""
         with self._lock:
             for association in list(self._by_id.values()):
                 self._drop(association)

@@ -1,4 +1,4 @@
-"""A peer's certificate as the standard library shows it, for `getpeercert()`: pure functions.
+"""A peer's certificate in the standard library's form, for `getpeercert()`: pure functions.
 
 The standard library can make this dictionary only from its own connections. Names of attribute types come from
 the same table that it uses, OpenSSL's long names.
@@ -27,7 +27,7 @@ _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep",
 
 
 def certificate_dict(der: bytes) -> dict[str, Any]:
-    """What `ssl.SSLSocket.getpeercert()` returns for a certificate that was verified.
+    """Return the dictionary of `ssl.SSLSocket.getpeercert()` for a certificate that was verified.
 
     Args:
         der: the certificate in DER.
@@ -61,7 +61,7 @@ def certificate_dict(der: bytes) -> dict[str, Any]:
 
 
 def not_after(der: bytes) -> float:
-    """When a certificate expires, in Unix seconds.
+    """Return the expiry time of a certificate, in Unix seconds.
 
     Raises:
         ValueError: it is not a certificate.
@@ -87,7 +87,7 @@ def _value(value: str | bytes) -> str | bytes:
 
 @functools.cache
 def _long_name(oid: x509.ObjectIdentifier) -> str:
-    """OpenSSL's long name of an object, or its number in dots."""
+    """Return OpenSSL's long name of an object, or its number in dots."""
     try:
         return ssl._ASN1Object(oid.dotted_string).longname
     except ValueError:
@@ -95,13 +95,13 @@ def _long_name(oid: x509.ObjectIdentifier) -> str:
 
 
 def _serial_number(number: int) -> str:
-    """In upper-case hexadecimal, whole bytes."""
+    """Format in upper-case hexadecimal, whole bytes."""
     digits = f"{abs(number):X}"
     return ("-" if number < 0 else "") + "0" * (len(digits) % 2) + digits
 
 
 def _time(time: datetime) -> str:
-    """As OpenSSL prints it, for example `Jan  5 09:34:43 2018 GMT`."""
+    """Format like OpenSSL, for example `Jan  5 09:34:43 2018 GMT`."""
     return f"{_MONTHS[time.month - 1]} {time.day:2} {time:%H:%M:%S} {time.year} GMT"
 
 

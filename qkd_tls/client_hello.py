@@ -1,6 +1,6 @@
-"""Reads what a ClientHello offers (RFC 8446 section 4.1.2) before OpenSSL sees it: pure functions.
+"""The offers of a ClientHello (RFC 8446 section 4.1.2), read before OpenSSL sees it: pure functions.
 
-Whatever the bytes, the outcome is a `ClientHello`, a wait for more, or a `ClientHelloError`. Extensions that
+For any bytes, the outcome is a `ClientHello`, a wait for more, or a `ClientHelloError`. Extensions that
 qkd-tls has no use for are skipped: OpenSSL parses the whole message again and has the last word.
 """
 
@@ -63,25 +63,25 @@ _EXTENSION_HEADER: Final = struct.Struct(">HH")
 
 
 class ClientHelloError(ValueError):
-    """The bytes are not a ClientHello as RFC 8446 has it; the text says where."""
+    """Bytes that are not a ClientHello as defined in RFC 8446; the text says what is wrong."""
 
 
 @dataclass(slots=True)
 class ClientHello:
-    """What a client offers, each list in the client's order; an absent extension is an empty tuple.
+    """A client's offers, each list in the client's order; an absent extension is an empty tuple.
 
-    What every handshake needs is read at once, the rest when it is asked for: those properties raise
-    ClientHelloError where their extension is malformed.
+    The parts that every handshake needs are read at once, the rest on demand: those properties raise
+    ClientHelloError if their extension is malformed.
     """
 
     server_name: str | None
     """The host name in the SNI extension (RFC 6066 section 3), as sent."""
     psk_identities: tuple[bytes, ...]
-    """Identities of the PSKs offered, of external and of resumption PSKs alike (RFC 8446 section 4.2.11)."""
+    """Identities of the offered PSKs, both external and resumption PSKs (RFC 8446 section 4.2.11)."""
     message: bytes = field(repr=False)
     """The whole handshake message."""
     extensions: dict[int, bytes] = field(repr=False)
-    """All of them, by type."""
+    """All extensions, by type."""
 
     @property
     def alpn(self) -> tuple[bytes, ...]:
@@ -90,23 +90,23 @@ class ClientHello:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Key exchange groups supported (section 4.2.7)."""
+        """Supported key exchange groups (section 4.2.7)."""
         return _numbers(self.extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups")
 
     @property
     def key_share_groups(self) -> tuple[int, ...]:
-        """Those of them with a key share in this message (section 4.2.8)."""
+        """Supported groups that have a key share in this message (section 4.2.8)."""
         return _key_share_groups(self.extensions.get(_KEY_SHARE))
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """TLS versions supported (section 4.2.1); without the extension, the legacy version alone."""
+        """Supported TLS versions (section 4.2.1); without the extension, the legacy version alone."""
         versions = _numbers(self.extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions")
         return versions or (self.message[4] << 8 | self.message[5],)
 
     @property
     def cipher_suites(self) -> tuple[int, ...]:
-        """Cipher suites offered (section 4.1.2)."""
+        """Offered cipher suites (section 4.1.2)."""
         start = _SESSION_ID + 1 + self.message[_SESSION_ID]
         size = int.from_bytes(self.message[start : start + 2], "big")
         return struct.unpack_from(f">{size // 2}H", self.message, start + 2)
@@ -124,11 +124,11 @@ def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | No
         records: the stream from its first byte, as far as it has come.
 
     Returns:
-        The handshake message with its four-byte header, and how many bytes of the stream its records took;
+        The handshake message with its four-byte header, and the number of stream bytes its records took;
         None if more bytes are needed.
 
     Raises:
-        ClientHelloError: the stream cannot become a ClientHello, whatever follows; raised as soon as the
+        ClientHelloError: the stream cannot become a ClientHello, however it goes on; raised as soon as the
             bytes show it, so that a peer which speaks another protocol is not waited for.
     """
     whole = _in_one_record(records)
@@ -169,7 +169,7 @@ def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | No
 
 
 def _in_one_record(records: bytes | bytearray) -> tuple[bytes, int] | None:
-    """The usual case, without a loop: one record, which holds the message and nothing else, all there."""
+    """Return the message of the usual case, without a loop: one complete record with nothing else in it."""
     end = _RECORD_HEADER_SIZE + int.from_bytes(records[3:5], "big")
     if (
         4 + _RECORD_HEADER_SIZE <= end <= min(len(records), _RECORD_HEADER_SIZE + _MAX_RECORD_SIZE)
@@ -214,7 +214,7 @@ def parse_client_hello(message: bytes) -> ClientHello:
 
 
 def group_names(groups: Iterable[int]) -> str:
-    """Key exchange groups by name, comma-separated, for messages; "none" for no group."""
+    """Return key exchange groups by name, comma-separated, for messages; "none" for no group."""
     return ", ".join(_GROUP_NAMES.get(group, f"0x{group:04x}") for group in groups) or "none"
 
 
@@ -222,7 +222,7 @@ def group_names(groups: Iterable[int]) -> str:
 
 
 def _vector(data: bytes, position: int, length_size: int, what: str) -> tuple[bytes, int]:
-    """The bytes of a vector, which its length precedes in `length_size` bytes (section 3.4), and where it ends."""
+    """Return a vector's bytes, behind their length in `length_size` bytes (section 3.4), and its end."""
     start = position + length_size
     end = start + int.from_bytes(data[position:start], "big")
     if end > len(data) or start > len(data):
@@ -231,7 +231,7 @@ def _vector(data: bytes, position: int, length_size: int, what: str) -> tuple[by
 
 
 def _only_vector(extension: bytes, length_size: int, what: str) -> bytes:
-    """The one non-empty vector that fills an extension."""
+    """Return the only, non-empty vector, which fills the extension."""
     content, end = _vector(extension, 0, length_size, what)
     if end != len(extension):
         raise ClientHelloError(f"bytes after the end of {what}")
@@ -239,7 +239,7 @@ def _only_vector(extension: bytes, length_size: int, what: str) -> bytes:
 
 
 def _skip_fixed_part(message: bytes) -> int:
-    """Where the extensions start: behind versions, random, session ID, cipher suites and compression methods."""
+    """Return the position of the extensions: behind versions, random, session ID, suites and compression."""
     session_id = message[_SESSION_ID]
     if session_id > 32:
         raise ClientHelloError("legacy_session_id longer than 32 bytes")
@@ -255,7 +255,7 @@ def _skip_fixed_part(message: bytes) -> int:
 
 
 def _extensions(message: bytes, position: int) -> dict[int, bytes]:
-    """The extensions by type; none where TLS 1.2 and before leave the whole block out."""
+    """Return the extensions by type; an empty dictionary if TLS 1.2 or before leaves the whole block out."""
     extensions: dict[int, bytes] = {}
     size = len(message)
     if position == size:
@@ -283,7 +283,7 @@ def _extensions(message: bytes, position: int) -> dict[int, bytes]:
 
 
 def _numbers(extension: bytes | None, length_size: int, what: str) -> tuple[int, ...]:
-    """A vector of at least one 16-bit number."""
+    """Return a vector of at least one 16-bit number."""
     if extension is None:
         return ()
     data = _only_vector(extension, length_size, what)
@@ -293,7 +293,7 @@ def _numbers(extension: bytes | None, length_size: int, what: str) -> tuple[int,
 
 
 def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
-    """The modes (section 4.2.9), a byte each."""
+    """Return the modes (section 4.2.9), a byte each."""
     if extension is None:
         return ()
     modes = _only_vector(extension, 1, "psk_key_exchange_modes")
@@ -303,7 +303,7 @@ def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
 
 
 def _server_name(extension: bytes | None) -> str | None:
-    """The host name (RFC 6066 section 3): at most one, in ASCII; names of other types are skipped."""
+    """Return the host name (RFC 6066 section 3): at most one, in ASCII; skip names of other types."""
     if extension is None:
         return None
     names = _only_vector(extension, 2, "server_name")
@@ -325,7 +325,7 @@ def _server_name(extension: bytes | None) -> str | None:
 
 
 def _alpn(extension: bytes | None) -> tuple[bytes, ...]:
-    """The protocol names (RFC 7301 section 3.1)."""
+    """Return the protocol names (RFC 7301 section 3.1)."""
     if extension is None:
         return ()
     names = _only_vector(extension, 2, "ALPN")
@@ -340,7 +340,7 @@ def _alpn(extension: bytes | None) -> tuple[bytes, ...]:
 
 
 def _key_share_groups(extension: bytes | None) -> tuple[int, ...]:
-    """The groups with a share; the list may be empty, to ask for a HelloRetryRequest (section 4.2.8)."""
+    """Return the groups with a share; an empty list asks for a HelloRetryRequest (section 4.2.8)."""
     if extension is None:
         return ()
     shares = _only_vector(extension, 2, "key_share")
@@ -355,7 +355,7 @@ def _key_share_groups(extension: bytes | None) -> tuple[int, ...]:
 
 
 def _only_identity(extension: bytes) -> bytes:
-    """The usual case, without loops: one identity with its binder, all in order; nothing in other cases."""
+    """Return the identity of the usual case, without loops: one identity with its binder; otherwise b""."""
     end = 4 + int.from_bytes(extension[2:4], "big")
     binders = end + _TICKET_AGE_SIZE
     rest = len(extension) - binders
@@ -370,7 +370,7 @@ def _only_identity(extension: bytes) -> bytes:
 
 
 def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
-    """The identities, each with its binder (section 4.2.11)."""
+    """Return the identities, each of which has its binder (section 4.2.11)."""
     if extension is None:
         return ()
     identity = _only_identity(extension)

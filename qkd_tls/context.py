@@ -1,9 +1,9 @@
 """`QKDContext`: an `ssl.SSLContext` whose connections are keyed with QKD keys.
 
-It keeps its settings as plain data and compiles them to OpenSSL when a connection needs them, again after a change:
-so a program may change its context between connections, as programs do. The underlying `ssl.SSLContext` keeps and
-checks the flags that have the same meaning here (`verify_mode`, `check_hostname`, `verify_flags`...); no connection
-ever runs on it.
+It keeps its settings as plain data and compiles them to OpenSSL when a connection needs them, again after a
+change: so a program may change its context between connections. The underlying `ssl.SSLContext` keeps and
+checks the flags that have the same meaning here (`verify_mode`, `check_hostname`, `verify_flags`...); no
+connection ever runs on it.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ class QKDContext(ssl.SSLContext):
         protocol: `ssl.PROTOCOL_TLS_CLIENT` or `ssl.PROTOCOL_TLS_SERVER`.
         key_manager: this side's KMS. May be left out only under policy `off`.
         policy: `require` (default), `prefer` or `off`; see `Policy`.
-        peer_sae_id: client: the server's SAE ID, or a mapping from server host name to SAE ID. Where it is known, a
-            first connection saves two round trips; where not, the server is asked.
+        peer_sae_id: client: the server's SAE ID, or a mapping from server host name to SAE ID. If it is
+            known, a first connection saves two round trips; if not, the server is asked.
         allowed_peer_sae_ids: SAE IDs that keys may be shared with; None for any that the KMS allows.
         groups: key exchange groups by OpenSSL's names. A group without ML-KEM brings a `ClassicalGroupWarning`.
         kdf: client: hash of the hybrid PSK; `KDF.SHA256` only for peers whose TLS stack fixes it.
         kem: client: explicit KEM to mix in beside the group's, e.g. "ML-KEM-1024"; see `kems.names()`.
-        announced_keys: client: how many keys to fetch at a bootstrap for later connections (0 to 63). They wait in the
-            memory of both sides and save both KMEs' round trips then.
+        announced_keys: client: number of keys to fetch at a bootstrap for later connections (0 to 63).
+            They wait in the memory of both sides and save both KMEs' round trips then.
         association_lifetime: seconds until the next bootstrap at the latest.
-        pipelined: client: send the offer and the next ClientHello in one flight where that is possible.
-        max_keys: server: keys it takes in one offer.
+        pipelined: client: send the offer and the next ClientHello in one flight if possible.
+        max_keys: server: the most keys it takes in one offer.
 
-    Raises ValueError where the arguments do not fit together.
+    Raises ValueError if the arguments do not fit together.
     """
 
     def __new__(cls, protocol: int = ssl.PROTOCOL_TLS_CLIENT, **_: Any) -> Self:
-        """See the class."""
+        """Pass the arguments on to `__init__`; see the class."""
         if protocol not in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
             raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
         return super().__new__(cls, protocol)
@@ -119,7 +119,7 @@ class QKDContext(ssl.SSLContext):
         self._credentials: Credentials | None = None
         self._alpn: tuple[str, ...] = ()
         self.observer: Callable[[Step], object] | None = None
-        """Called with each step of each handshake, in the thread that shakes hands; None for nobody."""
+        """A function called with each step of a handshake, in the handshake's thread; None for no calls."""
         self._handshakes = dict.fromkeys(super().session_stats(), 0)
         # A spelling mistake in a group shall not wait for the first connection.
         self._engine_config()
@@ -132,15 +132,15 @@ class QKDContext(ssl.SSLContext):
         table: str | None = None,
         role: Literal["client", "server"] | None = None,
     ) -> Self:
-        """A context from a TOML file, which names KMEs, credentials, peers and policy; see the manual for its keys.
+        """Make a context from a TOML file of KMEs, credentials, peers and policy; the manual lists its keys.
 
         Args:
-            path: the file; what it names is relative to its folder.
-            table: NAME of the table `[tls.NAME]`. May be left out where there is only one.
-            role: which side the context is for, where the table has no key `role`.
+            path: the file; paths in it are relative to its folder.
+            table: NAME of the table `[tls.NAME]`. May be left out if there is only one.
+            role: the context's side, if the table has no key `role`.
 
-        The KMEs are not contacted yet. Where the program ends before the process does, it should close the key manager
-        that was made: `context.key_manager.close()`.
+        The KMEs are not contacted yet. If the program ends before the process does, it should close the key
+        manager of the context: `context.key_manager.close()`.
 
         Raises:
             qkd_tls.configuration.ConfigError: a `ValueError` that names file, table and key.
@@ -153,12 +153,12 @@ class QKDContext(ssl.SSLContext):
 
     @property
     def policy(self) -> Policy:
-        """What happens where no QKD key can be had."""
+        """The behaviour if no QKD key is available."""
         return self._policy
 
     @property
     def key_manager(self) -> KeyManager | None:
-        """This side's KMS."""
+        """The KMS of this side."""
         return self._key_manager
 
     # --- trust and credentials
@@ -169,7 +169,9 @@ class QKDContext(ssl.SSLContext):
         capath: StrPath | None = None,
         cadata: str | Buffer | None = None,
     ) -> None:
-        """Trust these CA certificates, and use the CRLs among them, as `ssl.SSLContext.load_verify_locations` does.
+        """Trust these CA certificates, and use the CRLs among them.
+
+        The arguments are those of `ssl.SSLContext.load_verify_locations`.
 
         A `capath` is read now, once, not at each handshake.
         """
@@ -192,7 +194,7 @@ class QKDContext(ssl.SSLContext):
         self._crls.update(dict.fromkeys(crls))
 
     def set_default_verify_paths(self) -> None:
-        """Trust what the system trusts: the files that `ssl.get_default_verify_paths` names."""
+        """Trust the system's CAs: the files that `ssl.get_default_verify_paths` names."""
         paths = ssl.get_default_verify_paths()
         if paths.cafile is not None:
             self.load_verify_locations(cafile=paths.cafile)
@@ -200,7 +202,7 @@ class QKDContext(ssl.SSLContext):
             self.load_verify_locations(capath=paths.capath)
 
     def load_default_certs(self, purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH) -> None:
-        """Trust what the system trusts."""
+        """Trust the system's CAs."""
         if not isinstance(purpose, ssl.Purpose):
             raise TypeError(purpose)
         self.set_default_verify_paths()
@@ -210,10 +212,10 @@ class QKDContext(ssl.SSLContext):
     ) -> None:
         """Present this certificate chain (PEM, leaf first); ECDSA, RSA, Ed25519 and ML-DSA keys work.
 
-        The password is asked for where the key is encrypted.
+        The password is asked for if the key is encrypted.
 
-        Raises ssl.SSLError where a file is not PEM, the key is not the certificate's, or the password is wrong; what
-        a `password` function raises.
+        Raises ssl.SSLError if a file is not PEM, the key is not the certificate's, or the password is wrong;
+        and the errors of a `password` function.
         """
         passphrase = None if password is None else Passphrase(password)
         name = os.fsdecode(certfile)
@@ -230,7 +232,10 @@ class QKDContext(ssl.SSLContext):
     # --- protocol
 
     def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
-        """The application protocols to offer or accept, the preferred one first; `qkd-tls/1` is added by itself."""
+        """Set the application protocols to offer or accept, the preferred one first.
+
+        The protocol `qkd-tls/1` is added by itself.
+        """
         names = tuple(alpn_protocols)
         for name in names:
             if not 1 <= len(name.encode("ascii")) <= 255:
@@ -241,7 +246,7 @@ class QKDContext(ssl.SSLContext):
 
     @property  # type: ignore[override]
     def minimum_version(self) -> ssl.TLSVersion:
-        """TLS 1.3, always. Setting a lower one asks for less than that, and changes nothing."""
+        """Always TLS 1.3. A lower value is accepted and changes nothing."""
         return ssl.TLSVersion.TLSv1_3
 
     @minimum_version.setter
@@ -250,7 +255,7 @@ class QKDContext(ssl.SSLContext):
 
     @property  # type: ignore[override]
     def maximum_version(self) -> ssl.TLSVersion:
-        """TLS 1.3, always."""
+        """Always TLS 1.3."""
         return ssl.TLSVersion.TLSv1_3
 
     @maximum_version.setter
@@ -260,7 +265,7 @@ class QKDContext(ssl.SSLContext):
 
     @property
     def options(self) -> ssl.Options:
-        """Kept for programs that read it back; TLS 1.3 without tickets, compression or renegotiation is fixed."""
+        """The options, for reading back; TLS 1.3 without tickets, compression or renegotiation is fixed."""
         return super().options
 
     @options.setter
@@ -272,17 +277,17 @@ class QKDContext(ssl.SSLContext):
         super(QKDContext, QKDContext).options.__set__(self, value)  # type: ignore[attr-defined]
 
     def session_stats(self) -> dict[str, int]:
-        """Handshakes of this context by the standard library's names; sessions are never resumed, so these are 0."""
+        """Return this context's handshakes by the standard library's names; resumed sessions are always 0."""
         with self._lock:
             return dict(self._handshakes)
 
     def get_ciphers(self) -> list[Any]:
-        """The TLS 1.3 cipher suites; `set_ciphers` acts on older versions only, as in the standard library."""
+        """Return the TLS 1.3 cipher suites; as in `ssl`, `set_ciphers` acts on older versions only."""
         return [cipher for cipher in super().get_ciphers() if cipher["protocol"] == "TLSv1.3"]
 
     @property
     def num_tickets(self) -> int:
-        """0: no connection is ever resumed without a fresh QKD key."""
+        """Always 0: no connection is ever resumed without a fresh QKD key."""
         return 0
 
     @num_tickets.setter
@@ -293,23 +298,23 @@ class QKDContext(ssl.SSLContext):
     # --- what cannot be honoured says so
 
     def set_ecdh_curve(self, name: str) -> NoReturn:
-        """Not implemented."""
+        """Raise NotImplementedError."""
         _refuse("set_ecdh_curve", f"give groups=[...{name!r}...] to the context")
 
     def load_dh_params(self, path: object) -> NoReturn:
-        """Not implemented."""
+        """Raise NotImplementedError."""
         _refuse("load_dh_params", "TLS 1.3 has named groups only")
 
     def set_npn_protocols(self, npn_protocols: object) -> NoReturn:
-        """Not implemented."""
+        """Raise NotImplementedError."""
         _refuse("set_npn_protocols", "use set_alpn_protocols")
 
     def set_psk_client_callback(self, callback: object) -> NoReturn:
-        """Not implemented."""
+        """Raise NotImplementedError."""
         _refuse("set_psk_client_callback", "the PSK of a connection is the hybrid one")
 
     def set_psk_server_callback(self, callback: object, identity_hint: str | None = None) -> NoReturn:
-        """Not implemented."""
+        """Raise NotImplementedError."""
         _refuse("set_psk_server_callback", "the PSK of a connection is the hybrid one")
 
     # --- connections
@@ -323,12 +328,12 @@ class QKDContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: None = None,
     ) -> QKDSocket:
-        """Take over a TCP socket, as `ssl.SSLContext.wrap_socket` does; the result's `qkd` says what protects it.
+        """Take over a TCP socket like `ssl.SSLContext.wrap_socket`; the result's `qkd` says what protects it.
 
         During the handshake the key manager is called in this thread.
 
         Raises:
-            QKDUnavailable: policy `require`, and no QKD key could be had.
+            QKDUnavailable: policy `require`, and no QKD key is available.
             QKDKeyMismatch: the two KMEs gave different keys.
             QKDProtocolError: the peer broke the rules of qkd-tls/1.
             ssl.SSLCertVerificationError, ssl.SSLError, TimeoutError, OSError: as in the standard library.
@@ -351,7 +356,7 @@ class QKDContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: None = None,
     ) -> QKDObject:
-        """A connection over memory, as `ssl.SSLContext.wrap_bio` makes it; the caller moves the ciphertext.
+        """Make a connection over memory like `ssl.SSLContext.wrap_bio`; the caller moves the ciphertext.
 
         `do_handshake` calls the key manager in this thread, and waits for it: under asyncio, use `qkd_tls.aio`.
         """
@@ -367,10 +372,10 @@ class QKDContext(ssl.SSLContext):
     def new_engine(
         self, *, server_side: bool, server_hostname: str | None = None, server_port: int | None = None
     ) -> Engine:
-        """The state machine for one connection; for those who write their own driver.
+        """Make the state machine for one connection, for programs with their own driver.
 
-        `server_hostname` is ASCII; with `server_port`, services of one host keep associations of their own. Raises
-        ValueError or ssl.SSLError where this context cannot serve that side.
+        `server_hostname` is ASCII; with `server_port`, services of one host keep separate associations.
+        Raises ValueError or ssl.SSLError if this context cannot serve that side.
         """
         if server_side != self._server:
             side, kind = ("server", "CLIENT") if server_side else ("client", "SERVER")
@@ -440,7 +445,7 @@ class QKDContext(ssl.SSLContext):
         self._associations.clear()
 
     def _engine_config(self) -> EngineConfig:
-        """What all connections share, made anew after a change of the settings."""
+        """Return the configuration of all connections, made anew after a change of the settings."""
         # Many programs set what is set already, for each connection: that is no change.
         # Plain numbers: ssl.SSLContext makes enums of them, which takes 5 of a handshake's 700 microseconds.
         base: Any = super(ssl.SSLContext, self)
@@ -509,7 +514,7 @@ def create_default_context(
     cadata: str | Buffer | None = None,
     **qkd: Any,
 ) -> QKDContext:
-    """Mirrors `ssl.create_default_context`; `qkd` are the keyword arguments of `QKDContext`.
+    """Make a context like `ssl.create_default_context`; `qkd` are the keyword arguments of `QKDContext`.
 
     `ssl.Purpose.SERVER_AUTH` makes a client's context, which verifies certificates and host names against `cafile`,
     `capath`, `cadata` or the system's CAs; `ssl.Purpose.CLIENT_AUTH` makes a server's. As there, the

@@ -43,7 +43,7 @@ _NAME: Final = re.compile(r"[!-~]{1,200}")
 
 
 class MalformedMessage(ValueError):
-    """A control message breaks the protocol; the text says which rule."""
+    """A control message that breaks the protocol; the text says which rule."""
 
 
 class UnsupportedVersion(MalformedMessage):
@@ -51,7 +51,7 @@ class UnsupportedVersion(MalformedMessage):
 
 
 class RejectCode(enum.StrEnum):
-    """Why a server rejects an offer."""
+    """The reasons for a server to reject an offer."""
 
     KMS_UNAVAILABLE = "kms_unavailable"
     UNKNOWN_KEY = "unknown_key"
@@ -66,7 +66,7 @@ class RejectCode(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Discover:
-    """Client to server: who are you?"""
+    """Client to server: ask for the server's identity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,11 @@ class Identity:
     sae_id: str
     """The server's SAE ID, 1 to 255 bytes in UTF-8."""
     kms: tuple[str, ...]
-    """Interfaces its KMS can be reached by, for example `etsi-014`; at least one."""
+    """Interfaces of its KMS, for example `etsi-014`; at least one."""
     kems: tuple[str, ...]
-    """Explicit KEMs it takes."""
+    """Explicit KEMs it accepts."""
     max_keys: int
-    """How many key IDs an offer may hold."""
+    """The most key IDs that an offer may hold."""
 
     def __post_init__(self) -> None:
         """Check every member."""
@@ -106,7 +106,7 @@ class KEMOffer:
     ek: bytes
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check name and key."""
         _check_name(self.name, "kem.name")
         _check_not_empty(self.ek, "kem.ek")
 
@@ -120,14 +120,14 @@ class Offer:
     """
 
     kms: str
-    """The interface by which the client got the keys."""
+    """The interface that the client got the keys by."""
     sae_id: str
     """The client's SAE ID, 1 to 255 bytes in UTF-8."""
     key_ids: tuple[str, ...]
-    """At least one, no two the same: the first is for this connection, the others for later ones."""
+    """At least one key ID, all different: the first is for this connection, the others for later ones."""
     kem: KEMOffer | None = None
     pipelined: bool = False
-    """Whether the next ClientHello follows at once; not with a KEM, whose answer the client must wait for."""
+    """True if the next ClientHello follows at once; not with a KEM, whose answer the client must wait for."""
 
     def __post_init__(self) -> None:
         """Check every member."""
@@ -151,9 +151,9 @@ class Accept:
     lifetime: int
     """Seconds that the association lasts, 1 to 2^31."""
     key_ids: tuple[str, ...]
-    """The key IDs that the server holds now, in the order offered."""
+    """The key IDs that the server now holds, in the order offered."""
     kem_ciphertext: bytes | None = None
-    """Where a KEM was offered, the ciphertext for its encapsulation key."""
+    """The ciphertext for the encapsulation key, if a KEM was offered."""
 
     def __post_init__(self) -> None:
         """Check every member."""
@@ -173,14 +173,14 @@ class Reject:
     """
 
     code: RejectCode | str
-    """A plain `str` where a peer sends a code that this version does not know: a rejection all the same."""
+    """The reason; a plain `str` is a code that this version does not know, and a rejection all the same."""
     detail: str
-    """For people; on the wire at most 500 printable characters."""
+    """The reason in words; on the wire at most 500 printable characters."""
     alpn: str | None
     """The protocol that the server would have selected for the application, or None."""
 
     def __post_init__(self) -> None:
-        """Check every member but `detail`, which is trimmed where it is sent or received."""
+        """Check every member but `detail`, which is trimmed when it is sent or received."""
         _check_name(self.code, "code")
         if self.alpn is not None:
             _check_name(self.alpn, "alpn")
@@ -190,12 +190,12 @@ Message: TypeAlias = Discover | Identity | Offer | Accept | Reject
 
 
 def are_names(texts: Sequence[str]) -> bool:
-    """Whether these can be the key IDs of an offer: names as the protocol has them, and all different."""
+    """Return whether these can be the key IDs of an offer: valid names of the protocol, and all different."""
     return all(map(_NAME.fullmatch, texts)) and len(set(texts)) == len(texts)
 
 
 def encode(message: Message) -> bytes:
-    """One frame: the length in two bytes, then the message as JSON.
+    """Encode one frame: the length in two bytes, then the message as JSON.
 
     Raises:
         ValueError: the message needs more than 65,535 bytes.
@@ -243,7 +243,7 @@ def encode(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into control messages."""
+    """A buffer that cuts a byte stream into control messages."""
 
     __slots__ = ("_buffer",)
 
@@ -256,9 +256,9 @@ class FrameReader:
         self._buffer += data
 
     def next(self) -> Message | None:
-        """Take the next message, or None if more bytes are needed.
+        """Take and return the next message; None if more bytes are needed.
 
-        The frame is taken off the stream also where it raises.
+        The frame is taken off the stream even if an error is raised.
 
         Raises:
             UnsupportedVersion: the frame holds a message of another version of the protocol.
@@ -277,8 +277,8 @@ class FrameReader:
     def unread(self) -> bytes:
         """The bytes after the messages taken so far.
 
-        A message ends with its TLS record, so that any here are a violation once the exchange is over: what
-        follows is a ClientHello or, after a `Reject`, the application's first record.
+        A message ends with its TLS record, so that any bytes here are a violation once the exchange is over:
+        next comes a ClientHello or, after a `Reject`, the application's first record.
         """
         return bytes(self._buffer)
 
@@ -298,7 +298,7 @@ def _parse(frame: bytes) -> Message:
 
 
 def _json_object(frame: bytes) -> dict[str, Any]:
-    """The JSON object in a frame, without the liberties that Python's parser takes by default."""
+    """Return the JSON object in a frame, without the liberties that Python's parser takes by default."""
     try:
         # Decoded here, for json.loads would also take UTF-16 and UTF-32.
         value = json.loads(
@@ -430,7 +430,7 @@ def _base64(data: bytes) -> str:
 
 
 def _for_people(text: str) -> str:
-    """At most 500 printable characters of `text`: what a peer says may end on a terminal or in a log."""
+    """Return at most 500 printable characters of `text`: a peer's words may end up on a terminal."""
     return "".join(filter(str.isprintable, text[:_MAX_DETAIL_LENGTH]))
 
 

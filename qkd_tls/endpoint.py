@@ -1,6 +1,7 @@
-"""What `QKDSocket` and `QKDObject` share: the steps of the handshake, and what is known of the connection.
+"""The common parts of `QKDSocket` and `QKDObject`: the handshake's steps and the connection's properties.
 
-The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and fills.
+The two differ in how ciphertext travels: through a socket, or through memory that the caller empties and
+fills.
 
 Three others take part in a handshake, and each enters by one interface: the context (`EndpointContext`), the state
 machine that it makes (`EndpointEngine`), and the `Driver`, which keeps the handshake going if the calling thread must
@@ -51,11 +52,11 @@ _T = TypeVar("_T")
 _QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
 
 KeyRequest: TypeAlias = FetchKeys | FetchKeysByID
-"""What an engine asks a KMS for."""
+"""An engine's request to a KMS."""
 
 
 class KeysWanted(ssl.SSLWantReadError):
-    """The handshake waits for a KMS, which somebody else is asking: go on once `engine.keys` has been called."""
+    """The handshake waits for a KMS that is being asked elsewhere: go on once `engine.keys` is called."""
 
     def __init__(self, request: KeyRequest) -> None:
         super().__init__(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (waiting for the KMS)")
@@ -63,7 +64,10 @@ class KeysWanted(ssl.SSLWantReadError):
 
 
 def fetch_keys(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
-    """The keys, or why there are none; for `Engine.keys`. Blocks as long as the KMS client's time limits allow."""
+    """Return the keys, or the KMS's error, for `Engine.keys`.
+
+    Blocks as long as the KMS client's time limits allow.
+    """
     try:
         if isinstance(request, FetchKeys):
             return manager.get_keys(request.peer_sae_id, request.number)
@@ -73,7 +77,7 @@ def fetch_keys(request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSEr
 
 
 class EndpointEngine(Protocol):
-    """What an endpoint needs of a state machine: an `Engine`, or the handshake of a `PSKContext`."""
+    """The interface of a state machine for an endpoint: an `Engine`, or the handshake of a `PSKContext`."""
 
     @property
     def connection(self) -> TLSConnection:
@@ -82,33 +86,33 @@ class EndpointEngine(Protocol):
 
     @property
     def peer_certificate(self) -> bytes | None:
-        """DER; None if the peer showed none."""
+        """The peer's certificate, DER; None if the peer sent none."""
         ...
 
     def data_to_send(self) -> bytes:
-        """Ciphertext for the peer."""
+        """Return ciphertext for the peer."""
         ...
 
     def receive_data(self, data: bytes) -> None:
-        """Ciphertext from the peer; empty at the end of the stream."""
+        """Take ciphertext from the peer; empty at the end of the stream."""
         ...
 
     def next_action(self) -> Action:
-        """What has to be done next. Raises what ended the handshake."""
+        """Return the next action. Raises the error that ended the handshake."""
         ...
 
     def abort(self) -> None:
-        """Wipe what the handshake holds, unless it is complete."""
+        """Wipe the secrets of the handshake, unless it is complete."""
         ...
 
 
 @runtime_checkable
 class EndpointContext(Protocol):
-    """What an endpoint needs of its context: a `QKDContext`, or a `PSKContext`."""
+    """The interface of a context for an endpoint: a `QKDContext`, or a `PSKContext`."""
 
     @property
     def key_manager(self) -> KeyManager | None:
-        """This side's KMS; None if no QKD key is ever asked for."""
+        """The KMS of this side; None if no QKD key is ever asked for."""
         ...
 
     @property
@@ -119,7 +123,7 @@ class EndpointContext(Protocol):
     def new_engine(
         self, *, server_side: bool, server_hostname: str | None, server_port: int | None
     ) -> EndpointEngine:
-        """The state machine for one connection."""
+        """Make the state machine for one connection."""
         ...
 
     def wrap_socket(
@@ -138,50 +142,50 @@ class EndpointContext(Protocol):
         ...
 
     def _count(self, what: str) -> None:
-        """One more handshake, by the names of `SSLContext.session_stats`."""
+        """Count one more handshake, by the names of `SSLContext.session_stats`."""
         ...
 
 
 class Driver:
-    """Keeps the handshake of one connection going. This one leaves it to the thread that calls `do_handshake`.
+    """The driver of one connection's handshake. This one leaves it to the thread that calls `do_handshake`.
 
-    An event loop has one of its own: it puts it into `driver_in_charge` while it makes the connection.
+    An event loop has its own driver: it puts it into `driver_in_charge` while it makes the connection.
     """
 
     server_port: int | None = None
     """Client: the server's TCP port, if the connection cannot tell it."""
 
     def claim(self) -> bool:
-        """Say whether the connection that is being made is this driver's."""
+        """Return whether the connection that is being made is this driver's."""
         return True
 
     def begin(self, engine: EndpointEngine) -> None:
-        """The handshake of its connection begins."""
+        """Note the start of its connection's handshake."""
 
     def take_turn(self) -> None:
-        """Called before the handshake goes on; raises SSLWantReadError if others come first."""
+        """Let the handshake go on; raise SSLWantReadError if others come first."""
 
     def fetch(self, request: KeyRequest, manager: KeyManager) -> list[QKDKey] | KMSError:
-        """The engine's keys, or why there are none; raises KeysWanted if they are given to the engine later."""
+        """Return the keys or the KMS's error; raise KeysWanted if the engine is given them later."""
         return fetch_keys(request, manager)
 
     def take_last_words(self, outgoing: ssl.MemoryBIO) -> None:
-        """Send what a handshake that has failed still has to say, if the owner of `outgoing` would not."""
+        """Send the last bytes of a failed handshake, if the owner of `outgoing` would not."""
 
     def end(self) -> None:
-        """The handshake is complete."""
+        """Note that the handshake is complete."""
 
 
 _IN_THIS_THREAD: Final = Driver()
 
 driver_in_charge: Final[ContextVar[Driver]] = ContextVar("qkd_tls.driver", default=_IN_THIS_THREAD)
-"""Of connections that are being made. asyncio's functions, for one, pass nothing on but a context."""
+"""The driver of connections that are being made. Some functions, such as asyncio's, pass only a context."""
 
 
 class NotThroughTheStandardLibrary:
-    """Stands where the standard library's classes keep their TLS: a forgotten method fails, and sends nothing.
+    """A stand-in for the standard library's TLS object: a forgotten method fails, and sends nothing.
 
-    What a connection is can be asked here too: httpcore does.
+    It answers questions about the connection, which httpcore asks here.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -204,14 +208,14 @@ class Endpoint:
     _context: EndpointContext
     _driver: Driver
     _engine: EndpointEngine | None
-    """Until the handshake is complete."""
+    """The engine; None once the handshake is complete."""
     _tls: TLSConnection | None
-    """From then on."""
+    """The TLS connection, once the handshake is complete."""
     _info: QKDInfo | None
     _peer_certificate: bytes | None
     _offered_suites: tuple[int, ...] = ()
     _lock: threading.Lock
-    """Around each call of OpenSSL; never held while waiting."""
+    """A lock around each call of OpenSSL; never held while waiting."""
 
     def _initialise(
         self, context: EndpointContext, *, server_side: bool, server_hostname: str | None
@@ -234,11 +238,11 @@ class Endpoint:
         raise NotImplementedError
 
     def _receive_ciphertext(self) -> bytes:
-        """What the transport has; nothing at its end. Raises SSLWantReadError where it has to be waited for."""
+        """Return the transport's data; nothing at its end. Raises SSLWantReadError if there is none yet."""
         raise NotImplementedError
 
     def _take_over(self, tls: TLSConnection) -> None:
-        """From now on it is application data that goes through TLS: set `_tls` in place of `_engine`."""
+        """Set `_tls` in place of `_engine`: from now on, application data goes through TLS."""
         raise NotImplementedError
 
     def _begin(self, engine: EndpointEngine) -> None:
@@ -246,7 +250,7 @@ class Endpoint:
         self._driver.begin(engine)
 
     def _step(self, engine: EndpointEngine) -> None:
-        """Do what the engine needs next."""
+        """Do the engine's next action."""
         self._send_ciphertext(engine.data_to_send())
         action = engine.next_action()
         if isinstance(action, NeedData):
@@ -309,12 +313,12 @@ class Endpoint:
 
     @property
     def qkd(self) -> QKDInfo | None:
-        """What protected this connection; None before the handshake is complete."""
+        """The protection of this connection; None before the handshake is complete."""
         return self._info
 
     @property
     def session(self) -> None:
-        """None: no connection is ever resumed without a fresh QKD key."""
+        """Always None: no connection is ever resumed without a fresh QKD key."""
         return None
 
     @session.setter
@@ -323,39 +327,39 @@ class Endpoint:
 
     @property
     def session_reused(self) -> bool | None:
-        """False, see `session`; None before the handshake is complete."""
+        """False after the handshake, see `session`; None before it is complete."""
         return None if self._info is None else False
 
     def version(self) -> str | None:
-        """`TLSv1.3`, or None before the handshake is complete."""
+        """Return `TLSv1.3`, or None before the handshake is complete."""
         return "TLSv1.3" if self._tls is not None else None
 
     def cipher(self) -> tuple[str, str, int] | None:
-        """Name of the cipher suite, protocol version and secret bits."""
+        """Return the name of the cipher suite, protocol version and secret bits."""
         return self._of_tls(lambda tls: tls.cipher)
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
-        """Server: the cipher suites that both sides have, in the client's order; None at the client."""
+        """Return the cipher suites that both sides have, in the client's order; None at the client."""
         if not self.server_side:
             return None
         return self._of_tls(lambda tls: tls.shared_ciphers(self._offered_suites))
 
     def compression(self) -> None:
-        """None: TLS 1.3 has no compression."""
+        """Return None: TLS 1.3 has no compression."""
         return
 
     def selected_alpn_protocol(self) -> str | None:
-        """The application's protocol; never `qkd-tls/1`."""
+        """Return the application's protocol; never `qkd-tls/1`."""
         return self._info.alpn if self._info is not None else None
 
     def selected_npn_protocol(self) -> None:
-        """None: superseded by ALPN."""
+        """Return None: superseded by ALPN."""
         return
 
     def getpeercert(self, binary_form: bool = False) -> dict[str, Any] | bytes | None:
-        """The certificate that authenticated the peer: on an associated connection that of the bootstrap.
+        """Return the certificate that authenticated the peer: on an associated connection, the bootstrap's.
 
-        As in the standard library: None where there is none, an empty dictionary where it was not verified.
+        As in the standard library: None if there is none, an empty dictionary if it was not verified.
         """
         if self._info is None:
             raise ValueError("handshake not done yet")
@@ -368,15 +372,15 @@ class Endpoint:
         return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
 
     def get_verified_chain(self) -> NoReturn:
-        """Not implemented: an association keeps the peer's own certificate only."""
+        """Raise NotImplementedError: an association keeps the peer's own certificate only."""
         raise NotImplementedError("only the peer's own certificate is kept: use getpeercert(True)")
 
     def get_unverified_chain(self) -> NoReturn:
-        """Not implemented: an association keeps the peer's own certificate only."""
+        """Raise NotImplementedError: an association keeps the peer's own certificate only."""
         self.get_verified_chain()
 
     def get_channel_binding(self, cb_type: str = "tls-exporter") -> bytes | None:
-        """Channel binding of this connection, 32 bytes (RFC 9266); None before the handshake is complete."""
+        """Return the channel binding, 32 bytes (RFC 9266); None before the handshake is complete."""
         if cb_type != "tls-exporter":
             raise ValueError(
                 f"{cb_type} channel binding type not implemented: TLS 1.3 has tls-exporter (RFC 9266)"
@@ -384,7 +388,7 @@ class Endpoint:
         return self._of_tls(lambda tls: tls.export(b"EXPORTER-Channel-Binding", 32))
 
     def verify_client_post_handshake(self) -> None:
-        """Server: ask the client for its certificate now (RFC 8446 4.6.2). It comes with what the client sends next."""
+        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with later data."""
         tls = self._tls
         if tls is None:
             raise ValueError("no TLS connection: the handshake is not complete, or it has been closed")
@@ -399,7 +403,7 @@ class Endpoint:
 
 
 def _outside() -> int:
-    """Stack level, as seen by the caller's `warnings.warn`, of the program that uses this package."""
+    """Return the stack level, for the caller's `warnings.warn`, of the program that uses this package."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("qkd_tls."):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""Errors and warnings of a hybrid connection: the class says what is at fault, the text says what to do.
+"""Errors and warnings of a hybrid connection: the class says who is at fault, the text says what to do.
 
 All errors are `ssl.SSLError`, hence `OSError`: a program that copes with TLS errors copes with these. What OpenSSL
 refuses (certificates, protocol version, groups) is raised as the standard library's own classes.
@@ -30,17 +30,17 @@ _NUMBERS: Final[dict[type[ssl.SSLError], int]] = {
 
 
 def ssl_error(kind: type[_SSLError], text: str, reason: str | None = None) -> _SSLError:
-    """An error as the standard library makes it: with its number, and with `library` and `reason`, or None for them."""
+    """Return an error like the standard library's: with number, `library` and `reason` (None if unknown)."""
     error = kind(_NUMBERS.get(kind, ssl.SSL_ERROR_SSL), text)
     error.library, error.reason = "SSL" if reason else None, reason  # type: ignore[assignment]
     return error
 
 
 class QKDError(ssl.SSLError):
-    """A QKD key could not protect this connection.
+    """A failure of the QKD key to protect this connection.
 
-    Attributes: ``peer`` (the peer's SAE ID or name, where known), ``kms`` (name of the KME asked), ``key_ids``,
-    ``code`` (the reject code of qkd-tls/1, where the peer gave one), ``hint``.
+    Attributes: ``peer`` (the peer's SAE ID or name, if known), ``kms`` (name of the KME asked), ``key_ids``,
+    ``code`` (the reject code of qkd-tls/1, if the peer gave one), ``hint``.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class QKDError(ssl.SSLError):
 
 
 class QKDUnavailable(QKDError):
-    """Policy `require`, and no QKD key could be had: a KME failed, the peer refused, or it does not speak qkd-tls/1."""
+    """No QKD key under policy `require`: a KME failed, the peer refused, or it does not speak qkd-tls/1."""
 
 
 class QKDKeyMismatch(QKDError):
-    """The two KMEs gave different keys for one key ID, or somebody is in between without the key."""
+    """Different keys from the two KMEs for one key ID, or an attacker in between without the key."""
 
 
 class QKDProtocolError(QKDError):
-    """The peer broke the rules of qkd-tls/1."""
+    """A peer that broke the rules of qkd-tls/1."""
 
 
 class QKDFallbackWarning(UserWarning):
-    """Policy `prefer`: this connection has no QKD key in it."""
+    """Policy `prefer`: this connection has no QKD key."""
 
 
 class ClassicalGroupWarning(UserWarning):

@@ -1,12 +1,12 @@
-"""From the secrets of a bootstrap and a QKD key to the PSK of a hybrid handshake: pure functions.
+"""The PSK of a hybrid handshake, from the secrets of a bootstrap and a QKD key: pure functions.
 
-Three secrets are mixed: the TLS exporter of the bootstrap, the shared secret of an explicit KEM where one
+Three secrets are mixed: the TLS exporter of the bootstrap, the shared secret of an explicit KEM if one
 was used, and the QKD key. Each is length-prefixed before HKDF-Extract takes their concatenation, the shape of
 CatKDF in ETSI TS 103 744 and of NIST SP 800-56C rev. 2: the result is secret as long as one of them is. The
 last step is the PSK importer of RFC 9258, which binds the PSK to its identity and to both SAE IDs.
 
-What is wiped: the concatenations of secrets made here, and by its caller the PSK. What Python cannot wipe: the
-association secret and the tag key as HKDF returns them, immutable `bytes`, whose memory is freed uncleared.
+The concatenations of secrets made here are wiped, and the PSK by its caller. Python cannot wipe the
+association secret and the tag key as HKDF returns them: immutable `bytes`, whose memory is freed uncleared.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _BAD_KEY_ID: Final = "a key ID has 1 to 207 printable ASCII characters, none of 
 
 
 class TagMismatch(ValueError):
-    """The tag of a PSK identity was not made by a holder of the association secret."""
+    """A PSK identity whose tag was not made by a holder of the association secret."""
 
 
 class KDF(enum.Enum):
@@ -87,7 +87,7 @@ class KDF(enum.Enum):
     SHA384 = "sha384"
     """The default."""
     SHA256 = "sha256"
-    """For peers whose TLS stack fixes the hash of external PSKs, such as Node.js."""
+    """The choice for peers whose TLS stack fixes the hash of external PSKs, such as Node.js."""
 
     # Members are singletons; Enum's own hash is a call of Python for each look-up.
     __hash__ = object.__hash__
@@ -99,7 +99,7 @@ class KDF(enum.Enum):
 
     @property
     def psk_size(self) -> int:
-        """Size of the PSK in bytes."""
+        """The size of the PSK in bytes."""
         return 48 if self is KDF.SHA384 else 32
 
     @property
@@ -119,10 +119,10 @@ _LABEL_START: Final = {kdf: kdf.psk_size.to_bytes(2, "big") + b"\x11tls13 derive
 
 
 def association_secret(exporter_secret: bytes, kem_secret: bytes = b"") -> bytes:
-    """The association secret, 48 bytes.
+    """Return the association secret, 48 bytes.
 
     Args:
-        exporter_secret: what the bootstrap's TLS exporter gave for `EXPORTER_LABEL`, 48 bytes.
+        exporter_secret: the output of the bootstrap's TLS exporter for `EXPORTER_LABEL`, 48 bytes.
         kem_secret: the shared secret of the explicit KEM, or nothing.
 
     Raises:
@@ -138,17 +138,17 @@ def association_secret(exporter_secret: bytes, kem_secret: bytes = b"") -> bytes
 
 
 def tag_key(association_secret: bytes | bytearray) -> bytes:
-    """The key that the tags of an association's PSK identities are made with, 48 bytes."""
+    """Return the key for the tags of an association's PSK identities, 48 bytes."""
     return HKDFExpand(_SHA384, 48, b"qkd-tls/1 identity tag").derive(association_secret)
 
 
 def tag_hmac(association_secret: bytes | bytearray) -> HMAC:
-    """HMAC-SHA-384, keyed with the tag key: OpenSSL keeps the key, and wipes it when the object is freed."""
+    """Return HMAC-SHA-384, keyed with the tag key: OpenSSL wipes its copy when the object is freed."""
     return HMAC(tag_key(association_secret), _SHA384)
 
 
 def association_id(association_secret: bytes | bytearray) -> bytes:
-    """What both sides know an association by, 16 bytes; public, as it is part of each PSK identity."""
+    """Return the association's name on both sides, 16 bytes; public, as part of each PSK identity."""
     return HKDFExpand(_SHA384, ASSOCIATION_ID_SIZE, b"qkd-tls/1 association id").derive(association_secret)
 
 
@@ -169,10 +169,10 @@ class PSKIdentity:
     key_id: str
     """The QKD key's ID."""
     _parsed: InitVar[bool] = False
-    """Made by `parse`, which has checked everything."""
+    """True if made by `parse`, which has checked everything."""
 
     def __post_init__(self, _parsed: bool) -> None:
-        """Check everything, so that whatever exists can be encoded."""
+        """Check everything, so that every instance can be encoded."""
         if _parsed:
             return
         if len(self.association_id) != ASSOCIATION_ID_SIZE:
@@ -202,7 +202,7 @@ class PSKIdentity:
         )
 
     def encode(self) -> bytes:
-        """The identity as it goes over the wire: ASCII, at most 255 bytes."""
+        """Return the identity as on the wire: ASCII, at most 255 bytes."""
         return b".".join((_head(self.kdf, self.association_id), _base64url(self.tag), self.key_id.encode()))
 
     def verify_tag(self, tagger: HMAC) -> None:
@@ -219,7 +219,7 @@ class PSKIdentity:
 
 
 def encode_identity(kdf: KDF, association_id: bytes, tagger: HMAC, key_id: str) -> bytes:
-    """The PSK identity for the QKD key `key_id` as it goes over the wire; `tagger` is the association's `tag_hmac`.
+    """Return the PSK identity on the wire for the QKD key `key_id`; `tagger` is the association's `tag_hmac`.
 
     Raises:
         ValueError: as `PSKIdentity`.
@@ -240,7 +240,9 @@ def derive_psk(
     server_sae_id: str,
     kdf: KDF,
 ) -> bytearray:
-    """The PSK of a hybrid handshake, `kdf.psk_size` bytes, to be wiped by the caller (RFC 9258 section 5.1).
+    """Derive the PSK of a hybrid handshake, `kdf.psk_size` bytes (RFC 9258 section 5.1).
+
+    The caller must wipe it.
 
     Args:
         qkd_key: at least 32 bytes; wiping it is up to the caller.
@@ -272,7 +274,7 @@ def derive_psk(
 
 
 def imported_identity(identity: bytes, client_sae_id: str, server_sae_id: str, kdf: KDF) -> bytes:
-    """The ImportedIdentity structure (RFC 9258 section 5.1) that a PSK is bound to; never sent.
+    """Return the ImportedIdentity structure (RFC 9258 section 5.1) that a PSK is bound to; it is never sent.
 
     Its context holds the client's SAE ID before the server's, so that a message reflected to its sender
     meets a different PSK (RFC 9258 appendix A, the Selfie attack).
@@ -322,7 +324,7 @@ def _v16(data: bytes) -> bytes:
 def _concatenation(
     first: bytes | bytearray | memoryview, second: bytes | bytearray | memoryview
 ) -> bytearray:
-    """Two secrets, each behind its length in two bytes; wiping it is up to the caller."""
+    """Concatenate two secrets, each behind its length in two bytes; the caller must wipe the result."""
     sizes = memoryview(first).nbytes, memoryview(second).nbytes
     if max(sizes) > 0xFFFF:
         raise ValueError(f"a secret of {max(sizes)} bytes is too long: the limit is 65535")

@@ -1,4 +1,4 @@
-"""What protected a connection."""
+"""The protection of a connection."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Protection(enum.StrEnum):
     PQ_ONLY = "pq-only"
     """ML-KEM; no QKD key."""
     CLASSICAL = "classical"
-    """Nothing: only where the operator has added a classical group by name."""
+    """No secret: only if the operator has added a classical group by name."""
 
 
 class HandshakePath(enum.StrEnum):
-    """How a hybrid connection came about."""
+    """The way in which a hybrid connection came about."""
 
     BOOTSTRAP = "bootstrap"
     """Certificates were checked on this connection."""
@@ -31,12 +31,13 @@ class HandshakePath(enum.StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class QKDInfo:
-    """What protected a connection; contains no secrets.
+    """The protection of a connection; contains no secrets.
 
-    ``group``, ``cipher``: by OpenSSL's names. ``kem``: the explicit KEM that is in the association's secret, if any.
-    ``association``: its ID in hexadecimal (32 digits). ``kms``: the KME (or other KMS) that this side got the key
-    from, ``kms_round_trips``: requests to it during this handshake. ``announced``: whether the key was fetched with
-    an earlier connection's offer. ``fallback``: why there is no QKD key, where the policy is `prefer`.
+    ``group``, ``cipher``: by OpenSSL's names. ``kem``: the explicit KEM that is in the association's secret,
+    if any. ``association``: its ID in hexadecimal (32 digits). ``kms``: the KME (or other KMS) that this side
+    got the key from, ``kms_round_trips``: requests to it during this handshake. ``announced``: True if the
+    key was fetched with an earlier connection's offer. ``fallback``: the reason for having no QKD key, if the
+    policy is `prefer`.
     """
 
     protection: Protection
@@ -56,7 +57,7 @@ class QKDInfo:
     fallback: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, e.g. an audit log."""
+        """Return plain data for JSON, e.g. an audit log."""
         return {
             name: str(value) if isinstance(value, enum.Enum) else value
             for name in self.__slots__

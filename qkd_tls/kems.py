@@ -1,8 +1,9 @@
-"""The explicit KEM of an offer: ML-KEM from `cryptography`, and whatever liboqs has where it is installed.
+"""The explicit KEM of an offer: ML-KEM from `cryptography`, and those of liboqs if it is installed.
 
-`import oqs` (liboqs-python) without the liboqs shared library starts to download and compile it. So the library
-is looked for first, in the places where that package looks, and `oqs` is imported only if one of them loads.
-That happens when `names` is first called or a name is used that is not an ML-KEM; importing this module does not.
+`import oqs` (liboqs-python) without the liboqs shared library starts to download and compile it. So the
+library is looked for first, in the same places as in that package, and `oqs` is imported only if one of them
+loads. That happens when `names` is first called or a name is used that is not an ML-KEM; importing this
+module does not.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ _MAX_SIZE: Final = 45_000
 
 
 class UnsupportedKEM(ValueError):
-    """No such KEM is available here."""
+    """A KEM that is not available here."""
 
 
 class KEMError(ValueError):
-    """An encapsulation key or a ciphertext is unusable, or a key was used already."""
+    """An unusable encapsulation key or ciphertext, or a key that was used already."""
 
 
 class _DecapsulationKey(Protocol):
@@ -66,14 +67,14 @@ class KEMKey:
     __slots__ = ("_unused", "encapsulation_key", "name")
 
     def __init__(self, name: str, encapsulation_key: bytes, decapsulation_key: _DecapsulationKey) -> None:
-        """Made by `generate`."""
+        """Store the key pair that `generate` has made."""
         self.name = name
         self.encapsulation_key = encapsulation_key
         # `list.pop` takes the key out atomically: of two threads one gets it.
         self._unused = [decapsulation_key]
 
     def decapsulate(self, ciphertext: bytes) -> bytes:
-        """The shared secret, once; the key is freed, and so wiped by the library that holds it.
+        """Return the shared secret, once; the key is freed, and so wiped by the library that holds it.
 
         A ciphertext that has the right size but was made for another key gives another secret, not an error
         (implicit rejection, FIPS 203 section 6.3).
@@ -91,18 +92,18 @@ class KEMKey:
             raise KEMError(f"{len(ciphertext)} bytes that are no {self.name} ciphertext") from None
 
     def __repr__(self) -> str:
-        """The name, and whether the key can still be used."""
+        """Return the name, and whether the key can still be used."""
         return f"<KEMKey {self.name} {'unused' if self._unused else 'used'}>"
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """The KEMs available here, the recommended first."""
+    """Return the KEMs available here, the recommended first."""
     return (*filter(_has_mlkem, _MLKEM), *(name for name in _liboqs_names() if name not in _MLKEM))
 
 
 def generate(name: str) -> KEMKey:
-    """A fresh key pair.
+    """Generate a fresh key pair.
 
     Raises:
         UnsupportedKEM: the KEM is not available here.
@@ -118,7 +119,7 @@ def generate(name: str) -> KEMKey:
 
 
 def encapsulate(name: str, encapsulation_key: bytes) -> tuple[bytes, bytes]:
-    """A fresh secret for the holder of an encapsulation key.
+    """Make a fresh secret for the holder of an encapsulation key.
 
     Returns:
         The ciphertext for the peer, and the shared secret.
@@ -146,7 +147,7 @@ def _unsupported(name: str) -> UnsupportedKEM:
 
 
 def _has_mlkem(name: str) -> bool:
-    """Whether the OpenSSL that `cryptography` was built with has this ML-KEM."""
+    """Return whether the OpenSSL that `cryptography` was built with has this ML-KEM."""
     try:
         _MLKEM[name][0].generate()
     except UnsupportedAlgorithm:
@@ -182,7 +183,7 @@ def _liboqs_encapsulate(kem: Any, encapsulation_key: bytes) -> tuple[bytes, byte
 
 
 def _liboqs_kem(name: str) -> Any:
-    """An `oqs.KeyEncapsulation`, to be freed."""
+    """Return an `oqs.KeyEncapsulation`, to be freed."""
     if name not in _liboqs_names():
         raise _unsupported(name)
     return _oqs().KeyEncapsulation(name)
@@ -190,7 +191,7 @@ def _liboqs_kem(name: str) -> Any:
 
 @functools.cache
 def _liboqs_names() -> tuple[str, ...]:
-    """The KEMs of liboqs whose keys and ciphertexts fit into a control message."""
+    """Return the KEMs of liboqs whose keys and ciphertexts fit into a control message."""
     oqs = _oqs()
     if oqs is None:
         return ()
@@ -204,7 +205,7 @@ def _liboqs_names() -> tuple[str, ...]:
 
 @functools.cache
 def _oqs() -> Any:
-    """The module `oqs`, or None where it or its shared library is missing or does not work."""
+    """Return the module `oqs`; None if it or its shared library is missing or does not work."""
     if importlib.util.find_spec("oqs") is None or not _liboqs_loads():
         return None
     # On import it writes a line about faulthandler to standard output.
@@ -222,7 +223,7 @@ def _oqs() -> Any:
 
 
 def _liboqs_loads() -> bool:
-    """Whether liboqs-python will find its shared library."""
+    """Return whether liboqs-python will find its shared library."""
     try:
         paths = list(_liboqs_paths())
     except RuntimeError:
@@ -238,7 +239,7 @@ def _liboqs_loads() -> bool:
 
 
 def _liboqs_paths() -> Iterator[str]:
-    """Where every supported version of liboqs-python looks: the system's libraries, then its own folder."""
+    """Yield all paths that versions of liboqs-python search: the system's libraries, then its own folder."""
     for name in ("oqs", "liboqs"):
         if found := ctypes.util.find_library(name):
             yield found

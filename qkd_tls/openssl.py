@@ -1,7 +1,7 @@
 """The only module that touches OpenSSL.
 
-`TLSSettings` is plain data, `TLSContext` is what OpenSSL makes of it, `TLSConnection` is one handshake and the stream
-behind it: over memory until it is attached to a socket's file descriptor.
+`TLSSettings` is plain data, `TLSContext` is OpenSSL's form of it, `TLSConnection` is one handshake and the
+stream behind it: over memory until it is attached to a socket's file descriptor.
 
 The standard library's `ssl` has no external PSKs before Python 3.13, no exporter and, as most distributions build
 it, no ML-KEM. pyOpenSSL rides on the OpenSSL inside the `cryptography` wheel, which has all three; its public API
@@ -105,7 +105,10 @@ _check_bindings()
 
 
 def openssl_version() -> str:
-    """The OpenSSL that runs the connections, e.g. ``OpenSSL 4.0.3 29 Sep 2026``; not the standard library's."""
+    """Return the OpenSSL that runs the connections, e.g. ``OpenSSL 4.0.3 29 Sep 2026``.
+
+    It is not the standard library's.
+    """
     return SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
 
 
@@ -128,7 +131,7 @@ class Credentials:
     def load(
         cls, chain: Sequence[bytes], key_pem: bytes, password: Callable[..., bytes] | None
     ) -> Credentials:
-        """Check that the key is the leaf's; raises ssl.SSLError as `load_cert_chain` of the standard library does."""
+        """Check that the key is the leaf's; raise ssl.SSLError like `ssl.SSLContext.load_cert_chain`."""
         try:
             # Without a callback OpenSSL would ask on the terminal.
             key = crypto.load_privatekey(crypto.FILETYPE_PEM, key_pem, password or (lambda *_: b""))
@@ -151,7 +154,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class TLSSettings:
-    """All that a context is compiled from. Equal settings make interchangeable contexts."""
+    """The settings of a context. Equal settings make interchangeable contexts."""
 
     server_side: bool
     credentials: Credentials | None = None
@@ -163,20 +166,20 @@ class TLSSettings:
     verify_flags: int = 0
     check_hostname: bool = False
     common_name_fallback: bool = False
-    """Accept the subject's common name where the certificate has no DNS names (RFC 6125 6.4.4 discourages it)."""
+    """Accept the subject's common name in a certificate without DNS names (RFC 6125 6.4.4 discourages it)."""
     groups: tuple[str, ...] = ("X25519MLKEM768",)
     cipher_suites: tuple[str, ...] = DEFAULT_CIPHER_SUITES[KDF.SHA384]
     post_handshake_auth: bool = False
-    """Client: answer a request for a certificate after the handshake. Server: make it then only (RFC 8446 4.6.2)."""
+    """Client: answer a certificate request after the handshake. Server: ask only then (RFC 8446 4.6.2)."""
     keylog_filename: str | None = None
-    """File that the secrets of all connections are appended to, in the format of SSLKEYLOGFILE."""
+    """File to append the secrets of all connections to, in the format of SSLKEYLOGFILE."""
 
 
 class _ThisThread(threading.local):
-    """What belongs to a thread: bindings release the interpreter's lock."""
+    """The buffers of a thread: bindings release the interpreter's lock."""
 
     connection: TLSConnection | None = None
-    """That which is shaking hands, for the callbacks."""
+    """The connection that is shaking hands, for the callbacks."""
 
     def __init__(self) -> None:
         # For ciphertext on its way out.
@@ -191,7 +194,7 @@ _this_thread: Final = _ThisThread()
 class TLSContext:
     """Settings, compiled once and never changed afterwards; serves any number of connections and threads.
 
-    Raises ssl.SSLError where OpenSSL refuses a setting.
+    Raises ssl.SSLError if OpenSSL refuses a setting.
     """
 
     def __init__(self, settings: TLSSettings) -> None:
@@ -295,13 +298,13 @@ class TLSConnection:
 
     attached = False
     starved = False
-    """The last read ended for want of bytes from the transport: wait for them before the next."""
+    """True if the last read ended for want of bytes from the transport: wait for them before the next."""
     clogged = False
-    """The last write ended for want of room: wait for it before the next."""
+    """True if the last write ended for want of room: wait for it before the next."""
     _late_error: OSError | None = None
     _selected: Any = None
     _truncated = False
-    """The transport has ended without the peer's close_notify."""
+    """True if the transport has ended without the peer's close_notify."""
 
     def __init__(
         self,
@@ -354,7 +357,7 @@ class TLSConnection:
             _require(_lib.BIO_write(self._incoming, data, len(data)) == len(data))
 
     def take(self) -> bytes:
-        """Ciphertext for the transport, all there is."""
+        """Return all ciphertext for the transport."""
         scratch = _this_thread.scratch
         size = _lib.BIO_read(self._outgoing, scratch, _SCRATCH_SIZE)
         if size <= 0:
@@ -370,7 +373,7 @@ class TLSConnection:
         return data
 
     def attach(self, fileno: int) -> None:
-        """Let OpenSSL read and write the socket itself from here on; both directions of memory must be empty."""
+        """Let OpenSSL read and write the socket itself from now on; both memory BIOs must be empty."""
         # SSL_set_fd frees the memory BIOs.
         _require(_lib.SSL_set_fd(self._ssl, fileno) == 1)
         # A read that met only a ticket returns to the caller, whose deadline it is. In memory it goes on instead: what
@@ -381,7 +384,7 @@ class TLSConnection:
     # --- handshake
 
     def handshake(self) -> bool:
-        """Go on with the handshake; True when it is complete, False when it needs the peer's bytes."""
+        """Go on with the handshake; return True when it is complete, False if it needs the peer's bytes."""
         _lib.ERR_clear_error()
         _this_thread.connection = self
         try:
@@ -402,7 +405,7 @@ class TLSConnection:
 
     @property
     def psk_accepted(self) -> bool:
-        """Whether the peers agreed on the PSK."""
+        """True if the peers agreed on the PSK."""
         return bool(_lib.SSL_session_reused(self._ssl))
 
     @property
@@ -421,18 +424,18 @@ class TLSConnection:
 
     @property
     def cipher_suite(self) -> str:
-        """Name of the cipher suite."""
+        """The name of the cipher suite."""
         name: str = _ffi.string(_lib.SSL_CIPHER_get_name(_lib.SSL_get_current_cipher(self._ssl))).decode()
         return name
 
     @property
     def cipher(self) -> tuple[str, str, int]:
-        """Name, protocol version and secret bits, as `ssl.SSLSocket.cipher` gives them."""
+        """The name, protocol version and secret bits, as in `ssl.SSLSocket.cipher`."""
         bits = _lib.SSL_CIPHER_get_bits(_lib.SSL_get_current_cipher(self._ssl), _ffi.NULL)
         return self.cipher_suite, "TLSv1.3", bits
 
     def shared_ciphers(self, offered: Iterable[int]) -> list[tuple[str, str, int]]:
-        """Those of the offered cipher suites (RFC 8446 B.4) that this side accepts, each as `cipher` gives it."""
+        """Return the offered cipher suites (RFC 8446 B.4) that this side accepts, each like `cipher`."""
         shared = []
         for number in offered:
             suite = _lib.SSL_CIPHER_find(self._ssl, _ffi.new("unsigned char[2]", number.to_bytes(2, "big")))
@@ -457,7 +460,7 @@ class TLSConnection:
         return bytes(_ffi.buffer(pointer[0], size))
 
     def export(self, label: bytes, size: int, context: bytes = b"") -> bytes:
-        """Keying material of `size` bytes (RFC 8446 7.5)."""
+        """Export keying material of `size` bytes (RFC 8446 7.5)."""
         out = bytearray(size)
         with _ffi.from_buffer(out) as buffer:
             _require(
@@ -469,7 +472,7 @@ class TLSConnection:
         return bytes(out)
 
     def verify_client_post_handshake(self) -> None:
-        """Server: ask the client for its certificate now (RFC 8446 4.6.2); its answer comes with what it sends next."""
+        """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with later data."""
         _lib.ERR_clear_error()
         if _lib.SSL_verify_client_post_handshake(self._ssl) != 1:
             self._raise(0)
@@ -477,12 +480,12 @@ class TLSConnection:
     # --- plaintext
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes."""
+        """Read at most `size` bytes."""
         buffer = bytearray(size)
         return bytes(memoryview(buffer)[: self.read_into(buffer)])
 
     def read_into(self, buffer: bytearray | memoryview) -> int:
-        """Fill the buffer (contiguous, up to 2**31 - 1 bytes are used) with at least one byte; returns how many."""
+        """Fill the (contiguous) buffer with at least one byte, at most 2**31 - 1; return the number."""
         if self._late_error is not None:
             error, self._late_error = self._late_error, None
             raise error
@@ -503,7 +506,7 @@ class TLSConnection:
         return int(total)
 
     def _note(self, result: int) -> None:
-        """What ended a read that has data to return: waiting, or an error for the next read."""
+        """Note the reason that ended a read with data to return: waiting, or an error for the next read."""
         try:
             self._raise(result)
         except ssl.SSLWantReadError:
@@ -512,7 +515,7 @@ class TLSConnection:
             self._late_error = error
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write at least one byte of non-empty data; returns how many. After a want, the same data must follow."""
+        """Write at least one byte of non-empty data; return the number. After a want, repeat the data."""
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()
             result = _lib.SSL_write(self._ssl, source, min(len(data), _LARGEST))
@@ -521,9 +524,11 @@ class TLSConnection:
         return int(result)
 
     def write_all(self, data: memoryview, start: int) -> int:
-        """Write from `start` on until the transport is full; returns where to go on with the same data.
+        """Write from `start` on until the transport is full; return the position to go on from.
 
-        Raises SSLWantWriteError where nothing could be written.
+        The next call must pass the same data.
+
+        Raises SSLWantWriteError if not one byte could be written.
         """
         end = len(data)
         self.clogged = False
@@ -544,11 +549,11 @@ class TLSConnection:
 
     @property
     def pending(self) -> int:
-        """Bytes that are already decrypted."""
+        """The number of bytes already decrypted."""
         return int(_lib.SSL_pending(self._ssl))
 
     def shutdown(self) -> bool:
-        """Send close_notify; True when the peer's has been seen too (RFC 8446 6.1)."""
+        """Send close_notify; return True once the peer's has been seen too (RFC 8446 6.1)."""
         _lib.ERR_clear_error()
         result = _lib.SSL_shutdown(self._ssl)
         if result < 0:
@@ -557,7 +562,7 @@ class TLSConnection:
 
     @property
     def close_notify_received(self) -> bool:
-        """Whether the peer has closed its direction."""
+        """True if the peer has closed its direction."""
         return bool(_lib.SSL_get_shutdown(self._ssl) & SSL.RECEIVED_SHUTDOWN)
 
     # --- errors
@@ -630,7 +635,7 @@ def _session(pointer: Any, psk: PSK) -> Any:
     "int(SSL *, const EVP_MD *, const unsigned char **, size_t *, SSL_SESSION **)", error=0
 )
 def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, session: Any) -> int:
-    """Client: which PSK to offer. Called again after a HelloRetryRequest, and then gives the same one."""
+    """Choose the PSK to offer, as client. A second call, after a HelloRetryRequest, gives the same one."""
     connection = _current(pointer)
     psk = connection._psk
     if psk is None:
@@ -647,7 +652,7 @@ def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, sess
     "int(SSL *, const unsigned char *, size_t, SSL_SESSION **)", error=0
 )
 def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any) -> int:
-    """Server: the PSK of an identity. None means: not this one, go on with certificates."""
+    """Find the PSK of an identity, as server. Without one, the handshake goes on with certificates."""
     psk = _current(pointer)._psk
     if psk is None or bytes(_ffi.buffer(identity, identity_size)) != psk.identity:
         session[0] = _ffi.NULL
@@ -702,7 +707,7 @@ def _alpn_names(wire: bytes) -> tuple[bytes, ...]:
 # 6 of the 700 microseconds of a handshake, both sides together. The names are those that the program connects to.
 @functools.lru_cache(maxsize=256)
 def _host(name: str) -> tuple[bytes, bytes | None]:
-    """A host's name, and the address that it is where it is one."""
+    """Return a host's name, and its address if it is one."""
     try:
         address = ipaddress.ip_address(name).packed
     except ValueError:
@@ -711,7 +716,7 @@ def _host(name: str) -> tuple[bytes, bytes | None]:
 
 
 def _drain_error_queue() -> str:
-    """The reason of the first error in this thread's queue, which is the innermost; the queue is empty afterwards.
+    """Return the reason of the first, innermost error in this thread's queue; empty the queue.
 
     The system's errors are left out: errno tells them.
     """

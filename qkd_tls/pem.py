@@ -1,6 +1,6 @@
-"""Certificates, CRLs and passwords as files and programs give them: PEM and DER (RFC 7468, X.690).
+"""Certificates, CRLs and passwords from files and programs: PEM and DER (RFC 7468, X.690).
 
-What the standard library accepts is accepted here, with its errors.
+The input that the standard library accepts is accepted here, with its errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LONGEST_PASSWORD: Final = 1024
 
 
 def read_pem(text: str) -> tuple[list[bytes], list[bytes]]:
-    """The certificates and the CRLs in PEM text, each in DER; everything else is passed over."""
+    """Return the certificates and the CRLs in PEM text, each in DER; skip everything else."""
     certificates, crls = [], []
     for match in _PEM.finditer(text):
         kind = match.group(1)
@@ -43,7 +43,7 @@ def read_pem(text: str) -> tuple[list[bytes], list[bytes]]:
 
 
 def read_chain(file: str) -> list[bytes]:
-    """The certificates of a PEM file, each in DER, in its order.
+    """Return the certificates of a PEM file, each in DER, in its order.
 
     Raises:
         ssl.SSLError: there is none, or one is damaged.
@@ -63,7 +63,7 @@ def read_chain(file: str) -> list[bytes]:
 
 
 def split_der(data: bytes) -> Iterator[bytes]:
-    """The certificates in concatenated DER; each is a SEQUENCE that says how long it is.
+    """Yield the certificates in concatenated DER; each is a SEQUENCE that says how long it is.
 
     Raises:
         ssl.SSLError: the data does not begin with one.
@@ -82,16 +82,19 @@ def split_der(data: bytes) -> Iterator[bytes]:
 
 
 class Passphrase:
-    """Gives the password of a private key when OpenSSL asks for it."""
+    """A callable that gives OpenSSL the password of a private key."""
 
     def __init__(self, password: Password) -> None:
         self.error: Exception | None = None
-        """Why the program's function has given none."""
+        """The error that the program's function raised instead of giving a password."""
         self._ask = password if callable(password) else None
         self._given = b"" if callable(password) else self._checked(password, "password should be a string")
 
     def __call__(self, *_: object) -> bytes:
-        """The password. Raises what the program's function raises, TypeError and ValueError for what is none."""
+        """Return the password.
+
+        Raises the errors of the program's function, and TypeError or ValueError for an unusable password.
+        """
         if self._ask is None:
             return self._given
         try:

@@ -1,4 +1,4 @@
-"""What a side does where a QKD key, or ML-KEM, cannot be had."""
+"""The behaviour of a side if a QKD key, or ML-KEM, is not available."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Policy"]
 
 
 class Policy(enum.StrEnum):
-    """How much a side insists on a QKD key. Certificates and ML-KEM are never given up by policy."""
+    """The need of a side for a QKD key. Every policy still requires certificates and ML-KEM."""
 
     REQUIRE = "require"
     """No QKD key, no connection (default)."""

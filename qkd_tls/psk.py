@@ -19,7 +19,7 @@ class PSK:
     key_id: str
     announced: bool = False
     kms: str = ""
-    """The KME that delivered the key; "" where the key does not say."""
+    """The KME that delivered the key; "" if the key does not say."""
 
     def wipe(self) -> None:
         """Overwrite the secret. OpenSSL cleanses its own copies when the connection is freed."""

@@ -1,7 +1,8 @@
 """TLS 1.3 keyed by one external PSK that both ends have been given, without certificates (RFC 8446 section 2.2).
 
-For programs beside qkd-tls/1 that want it, such as a key provider that speaks SKIP. Each connection has a fresh
-X25519MLKEM768 (or X25519) exchange beside the PSK, so that whoever steals the PSK later cannot read what was recorded.
+For programs beside qkd-tls/1 that want it, such as a key provider that speaks SKIP. Each connection has a
+fresh X25519MLKEM768 (or X25519) exchange beside the PSK, so that an attacker who steals the PSK later cannot
+read recordings.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _MAX_SECRET_SIZE: Final = 512  # what OpenSSL's sessions hold
 
 
 class PSKContext:
-    """Makes connections that nobody can make who has not the PSK; cipher suite TLS_AES_256_GCM_SHA384.
+    """A context for connections that need the PSK at both ends; cipher suite TLS_AES_256_GCM_SHA384.
 
     Args:
         identity: names the PSK, in the clear: 1 to 255 bytes of UTF-8.
-        secret: 16 to 512 random bytes, best 32 or more; copied. Not a password: whoever sees one handshake could try
-            guesses against it.
-        server_side: whether its sockets are servers.
+        secret: 16 to 512 random bytes, best 32 or more; copied. Not a password: an attacker who sees one
+            handshake could try guesses against it.
+        server_side: True if its sockets are servers.
 
     Raises:
         ValueError: identity or secret are too short or too long.
@@ -60,12 +61,12 @@ class PSKContext:
 
     @property
     def key_manager(self) -> None:
-        """None: no KMS is asked."""
+        """Always None: no KMS is asked."""
         return
 
     @property
     def verify_mode(self) -> ssl.VerifyMode:
-        """`CERT_NONE`: there are no certificates."""
+        """Always `CERT_NONE`: there are no certificates."""
         return ssl.CERT_NONE
 
     def wrap_socket(
@@ -81,7 +82,7 @@ class PSKContext:
 
         Args:
             sock: a stream socket.
-            server_side: that of the context, which is also the default.
+            server_side: the context's side, which is also the default.
             do_handshake_on_connect: False: the program calls `do_handshake`, or reads or writes first.
             suppress_ragged_eofs: False: a stream that ends without close_notify raises SSLEOFError.
             server_hostname: client: name for the server to see, in the clear. Nothing is compared with it: the PSK says
@@ -104,7 +105,7 @@ class PSKContext:
     def new_engine(
         self, *, server_side: bool, server_hostname: str | None, server_port: int | None
     ) -> _PSKEngine:
-        """The handshake of one connection, for its socket. Raises ValueError if the context is for the other side."""
+        """Make the handshake of one connection, for its socket. Raises ValueError for the wrong side."""
         if server_side != self.server_side:
             ours = "server" if self.server_side else "client"
             raise ValueError(f"this PSKContext is a {ours}'s: server_side must be {self.server_side}")
@@ -117,19 +118,20 @@ class PSKContext:
         """Keep no statistics."""
 
     def __repr__(self) -> str:
-        """The identity, not the secret."""
+        """Return the identity, not the secret."""
         return f"<PSKContext {self.identity!r}{' server' if self.server_side else ''}>"
 
 
 class PSKSocket(QKDSocket):
     """A connection of a `PSKContext`, with the methods of `ssl.SSLSocket`.
 
-    `qkd.group` names the key exchange; `qkd.protection` says what that gives, to which the PSK adds.
+    `qkd.group` names the key exchange; `qkd.protection` is the protection from the key exchange alone,
+    without the PSK.
     """
 
     @property
     def context(self) -> Any:
-        """The `PSKContext` of this connection, which keeps it."""
+        """The `PSKContext` of this connection; it cannot be changed."""
         return self._context
 
     @context.setter
@@ -137,7 +139,7 @@ class PSKSocket(QKDSocket):
         raise TypeError("a PSK connection keeps its PSKContext")
 
     def verify_client_post_handshake(self) -> NoReturn:
-        """Not implemented: a PSK connection has no certificates."""
+        """Raise NotImplementedError: a PSK connection has no certificates."""
         raise NotImplementedError("a PSK connection has no certificates")
 
     def _warn(self, info: QKDInfo) -> None:
@@ -145,7 +147,7 @@ class PSKSocket(QKDSocket):
 
 
 class _PSKEngine:
-    """The handshake of one connection: what is to be sent is there before the socket waits."""
+    """The handshake of one connection; its data to send is ready before the socket waits."""
 
     peer_certificate: bytes | None = None
 

@@ -1,9 +1,9 @@
 """The PSK of one hybrid handshake, for a TLS program that knows external PSKs and nothing of qkd-tls/1.
 
-The server needs nothing special: it finds the association in the PSK's identity and fetches the QKD key by its ID.
-What the stock program must do: TLS 1.3, this one PSK with (EC)DHE, the server name of the bootstrap, a cipher suite
-whose hash is the PSK's, and a group that the server has. It checks no certificate, as nobody without the association
-could know the PSK.
+The server needs nothing special: it finds the association in the PSK's identity and fetches the QKD key by
+its ID. The stock program needs: TLS 1.3, this one PSK with (EC)DHE, the server name of the bootstrap, a
+cipher suite whose hash is the PSK's, and a group that the server has. It checks no certificate: only a holder
+of the association could know the PSK.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _BOOTSTRAP_AGAIN: Final = "connect to the server again, and export the PSK at on
 
 @dataclass(slots=True)
 class ExportedPSK:
-    """What a stock TLS program needs for one handshake. Wipe it, or use it as a context manager, which does.
+    """The PSK and settings for one handshake of a stock TLS program.
 
-    `secret` is 32 bytes (`KDF.SHA256`) or 48 (`KDF.SHA384`). `expires_at` is in Unix seconds: the association's end.
+    Wipe it, or use it as a context manager. `secret` is 32 bytes (`KDF.SHA256`) or 48 (`KDF.SHA384`).
+    `expires_at` is the association's end, in Unix seconds.
     """
 
     identity: str
@@ -41,11 +42,11 @@ class ExportedPSK:
 
     @property
     def cipher_suites(self) -> tuple[str, ...]:
-        """The suites that the program may offer, by OpenSSL's names."""
+        """The cipher suites that the program may offer, by OpenSSL's names."""
         return self.kdf.cipher_suites
 
     def psk(self) -> PSK:
-        """A copy for `qkd_tls.openssl.TLSConnection`."""
+        """Return a copy for `qkd_tls.openssl.TLSConnection`."""
         return PSK(self.identity.encode(), bytearray(self.secret), self.kdf, self.key_id)
 
     def wipe(self) -> None:
@@ -62,13 +63,13 @@ class ExportedPSK:
 
 
 def export_psk(sock: QKDSocket, kdf: KDF = KDF.SHA256) -> ExportedPSK:
-    """Use up a fresh QKD key for one more handshake of a client's association, and give its PSK away.
+    """Use up a fresh QKD key for one more handshake of a client's association, and return its PSK.
 
     Args:
         sock: a client's hybrid connection; it may be closed meanwhile, as long as its context is not.
         kdf: the hash of the PSK. Most stock programs fix it to SHA-256.
 
-    The secret leaves the library's care: whoever has it can connect as this client, once.
+    The secret leaves the library's care: any program that has it can connect as this client, once.
 
     Raises:
         ValueError: the socket is a server's, or has not finished its handshake.

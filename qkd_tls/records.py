@@ -1,4 +1,4 @@
-"""Splits the transport's bytes into TLS records (RFC 8446 5.1).
+"""The transport's bytes, split into TLS records (RFC 8446 5.1).
 
 Two TLS connections follow one another on one transport. Each is given one record at a time, so that it never swallows
 bytes that belong to the next.
@@ -15,7 +15,7 @@ _CONTENT_TYPES = range(20, 24)
 
 
 class RecordBuffer:
-    """Bytes from the transport, cut at record boundaries."""
+    """A buffer of bytes from the transport, cut at record boundaries."""
 
     def __init__(self) -> None:
         # Immutable: a flight mostly comes in one piece, and then is never copied.
@@ -27,9 +27,9 @@ class RecordBuffer:
         self.data = self.data + data if self.data else bytes(data)
 
     def next_record(self) -> bytes | None:
-        """One whole record with its header; None where more bytes are needed.
+        """Remove and return one whole record with its header; None if more bytes are needed.
 
-        What cannot be a record comes back at once and whole, for OpenSSL to say what is wrong with it.
+        Bytes that cannot be a record are returned at once and whole, for OpenSSL to reject.
         """
         data = self.data
         if not data:
@@ -57,5 +57,5 @@ class RecordBuffer:
 
 
 def alert(description: int) -> bytes:
-    """A fatal alert in clear, as a server sends it before any key exists (RFC 8446 6)."""
+    """Return a fatal alert in clear, as a server sends it before any key exists (RFC 8446 6)."""
     return bytes([21, 3, 3, 0, 2, 2, description])

@@ -1,4 +1,4 @@
-"""`QKDSocket`: what `QKDContext.wrap_socket` returns, with the methods and errors of `ssl.SSLSocket`.
+"""`QKDSocket`, returned by `QKDContext.wrap_socket`, with the methods and errors of `ssl.SSLSocket`.
 
 During the handshake the engine stands between the socket and OpenSSL. Afterwards OpenSSL reads and writes the socket
 itself, which is as fast as the standard library. The file descriptor always is non-blocking and the timeouts are kept
@@ -33,16 +33,16 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     do_handshake_on_connect: bool
     suppress_ragged_eofs: bool
     _handshaking: threading.Lock
-    """Held throughout a handshake, which is many calls."""
+    """A lock held throughout a handshake, which is many calls."""
     _writing: threading.Lock
-    """Held throughout a write: what OpenSSL could not send at once has to go before anything else."""
+    """A lock held throughout a write: data that OpenSSL could not send at once must go out first."""
     _unsent: bytearray
     """Ciphertext that the transport has not taken yet."""
     _decrypted: bytearray
     """Application data that came with the last flight of the handshake."""
     _late_error: OSError | None
     _plain: socket.socket | None
-    """What `unwrap` has returned."""
+    """The socket that `unwrap` has returned."""
     _connected: bool
     _timeout: float | None
 
@@ -146,7 +146,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> Iterator[None]:
-        """Wait for other threads, within the deadline."""
+        """Hold the lock for the block, after waiting for other threads within the deadline."""
         if not lock.acquire(blocking=False):
             if self._timeout == 0.0:
                 raise _want(want)
@@ -175,7 +175,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     # --- handshake
 
     def do_handshake(self, block: bool = False) -> None:
-        """Shake hands, unless done already; asks the key manager in this thread."""
+        """Shake hands, unless done already; ask the key manager in this thread."""
         with self._turn(self._handshaking, select.POLLIN, self._deadline(), "handshake"):
             if not self._connected:
                 # Raises where there is no connection; a non-blocking one may have come about since `connect`.
@@ -270,26 +270,26 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     def getpeercert(  # type: ignore[override]
         self, binary_form: bool = False
     ) -> dict[str, Any] | bytes | None:
-        """As `QKDObject.getpeercert`; raises OSError where there is no connection."""
+        """Return the certificate like `QKDObject.getpeercert`; raise OSError if there is no connection."""
         self._check_connected()
         return super().getpeercert(binary_form)
 
     def _ready(self) -> None:
-        """Shake hands where a program reads or writes first, as OpenSSL does."""
+        """Shake hands if a program reads or writes first, as OpenSSL does."""
         if self._info is None or self._unsent:
             self.do_handshake()
 
     # --- reading
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """Read up to `len` bytes and return them, or read into `buffer` and return how many."""
+        """Read up to `len` bytes and return them, or read into `buffer` and return the number."""
         self._check_open("Read")
         if buffer is not None:
             return self.recv_into(buffer, max(len, 0))
         return self.recv(len)
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """At least one byte, at most `buflen`; empty at the end of the stream."""
+        """Return at least one byte, at most `buflen`; no bytes at the end of the stream."""
         _no_flags(flags, "recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
@@ -298,7 +298,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return bytes(memoryview(buffer)[:size])
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        """Fill the buffer with at least one byte; returns how many, 0 at the end of the stream."""
+        """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
@@ -334,18 +334,18 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return size
 
     def pending(self) -> int:
-        """Bytes that can be read without waiting for the peer."""
+        """Return the number of bytes that can be read without waiting for the peer."""
         return len(self._decrypted) + (self._of_tls(lambda tls: tls.pending) or 0)
 
     # --- writing
 
     def write(self, data: Any) -> int:
-        """As `send`."""
+        """Write like `send`."""
         self._check_open("Write")
         return self.send(data)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send at least one byte; returns how many."""
+        """Send at least one byte; return the number sent."""
         _no_flags(flags, "send")
         view = memoryview(data).cast("B")
         self._ready()
@@ -370,21 +370,22 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
                     self._wait(select.POLLOUT, deadline, "write")
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """Send a file through TLS; returns the number of bytes sent."""
+        """Send a file through TLS; return the number of bytes sent."""
         return self._sendfile_use_send(file, offset, count)  # type: ignore[attr-defined,no-any-return]
 
     # --- closing
 
     def shutdown(self, how: int) -> None:
-        """Close one direction or both of the transport; a write direction says close_notify first."""
+        """Close one direction or both of the transport; send close_notify before writing ends."""
         if how != socket.SHUT_RD:
             self._say_goodbye()
         socket.socket.shutdown(self, how)
 
     def unwrap(self) -> socket.socket:
-        """End TLS in both directions; returns the plain socket.
+        """End TLS in both directions; return the plain socket.
 
-        This object can only be closed then, which closes the plain socket: in the standard library they are one.
+        After that, this object can only be closed, which closes the plain socket: in the standard library
+        they are one.
         """
         self._ready()
         deadline = self._deadline()
@@ -399,7 +400,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return self._plain
 
     def detach(self) -> int:
-        """Give away the file descriptor without a word to the peer."""
+        """Give away the file descriptor without telling the peer."""
         self._forget()
         return socket.socket.detach(self)
 
@@ -441,11 +442,11 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     @property
     def timeout(self) -> float | None:
-        """As `gettimeout`."""
+        """The same as `gettimeout`."""
         return self._timeout
 
     def gettimeout(self) -> float | None:
-        """Seconds an operation may take, None without limit, 0.0 non-blocking."""
+        """Return the seconds that an operation may take; None without limit, 0.0 for non-blocking."""
         return self._timeout
 
     def settimeout(self, value: float | None) -> None:
@@ -457,11 +458,11 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             socket.socket.settimeout(self, value)
 
     def getblocking(self) -> bool:
-        """Whether operations wait."""
+        """Return whether operations wait."""
         return self._timeout != 0.0
 
     def setblocking(self, flag: bool) -> None:
-        """`settimeout(None)` or `settimeout(0)`."""
+        """Set the timeout to None (True) or 0 (False)."""
         self.settimeout(None if flag else 0.0)
 
     # --- connecting and accepting
@@ -471,7 +472,7 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._connect(socket.socket.connect, address)
 
     def connect_ex(self, address: Any) -> int:
-        """As `connect`, with an error number where TCP cannot connect."""
+        """Connect like `connect`; return an error number if TCP cannot connect."""
         return self._connect(socket.socket.connect_ex, address)
 
     def _connect(self, connect: Callable[[socket.socket, Any], int | None], address: Any) -> int:
@@ -514,43 +515,43 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     # --- what would put plaintext on the wire, or cannot be
 
     def sendto(self, *_: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise ValueError, as in the standard library."""
         self._check_connected()
         _not_allowed("sendto", ValueError)
 
     def sendmsg(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise NotImplementedError, as in the standard library."""
         _not_allowed("sendmsg", NotImplementedError)
 
     def sendmsg_afalg(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed."""
+        """Raise NotImplementedError."""
         _not_allowed("sendmsg_afalg", NotImplementedError)
 
     def recvfrom(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise ValueError, as in the standard library."""
         self._check_connected()
         _not_allowed("recvfrom", ValueError)
 
     def recvfrom_into(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise ValueError, as in the standard library."""
         self._check_connected()
         _not_allowed("recvfrom_into", ValueError)
 
     def recvmsg(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise NotImplementedError, as in the standard library."""
         _not_allowed("recvmsg", NotImplementedError)
 
     def recvmsg_into(self, *_: Any, **__: Any) -> NoReturn:
-        """Not allowed, as in the standard library."""
+        """Raise NotImplementedError, as in the standard library."""
         _not_allowed("recvmsg_into", NotImplementedError)
 
     def dup(self) -> NoReturn:
-        """Not possible: two sockets cannot share one TLS connection."""
+        """Raise NotImplementedError: two sockets cannot share one TLS connection."""
         raise NotImplementedError("Can't dup() QKDSocket instances")
 
 
 def _peer_port(sock: socket.socket) -> int | None:
-    """The peer's TCP port; None before connecting, and for other kinds of address."""
+    """Return the peer's TCP port; None before connecting, and for other kinds of address."""
     try:
         address = sock.getpeername()
     except OSError:

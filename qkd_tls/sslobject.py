@@ -1,7 +1,7 @@
-"""`QKDObject`: what `QKDContext.wrap_bio` returns, with the methods and errors of `ssl.SSLObject`.
+"""`QKDObject`, returned by `QKDContext.wrap_bio`, with the methods and errors of `ssl.SSLObject`.
 
-Ciphertext goes in and out through two `ssl.MemoryBIO`s, which the caller fills and empties. Nothing here waits, except
-for the KMS during `do_handshake`.
+Ciphertext goes in and out through two `ssl.MemoryBIO`s, which the caller fills and empties. No call waits,
+except for the KMS during `do_handshake`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
     # --- handshake
 
     def do_handshake(self) -> None:
-        """Shake hands as far as the ciphertext at hand goes; asks the key manager in this thread.
+        """Shake hands as far as the ciphertext at hand goes; ask the key manager in this thread.
 
-        Raises SSLWantReadError until the handshake is complete; the errors of `QKDContext.wrap_socket` beside.
+        Raises SSLWantReadError until the handshake is complete, and the errors of `QKDContext.wrap_socket`.
         """
         self._driver.take_turn()
         with self._lock:
@@ -111,9 +111,10 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
                 self._send_ciphertext(tls.take())
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """Read up to `len` bytes and return them, or read into `buffer` and return how many; none at the end.
+        """Read up to `len` bytes and return them, or read into `buffer` and return the number.
 
-        Raises SSLEOFError where the peer's transport ended without close_notify.
+        At the end of the stream the result is empty or 0. Raises SSLEOFError if the peer's transport ended
+        without close_notify.
         """
         if buffer is None:
             if len < 0:
@@ -133,7 +134,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
             return 0
 
     def write(self, data: Any) -> int:
-        """Encrypt everything; returns its size in bytes."""
+        """Encrypt all of it; return its size in bytes."""
         view = memoryview(data).cast("B")
         sent = 0
         while sent < len(view):
@@ -143,7 +144,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         return sent
 
     def pending(self) -> int:
-        """Bytes that are already decrypted."""
+        """Return the number of bytes already decrypted."""
         return self._of_tls(lambda tls: tls.pending) or 0
 
     def unwrap(self) -> None:

@@ -74,9 +74,9 @@ FROM_AN_INDEX = re.compile(
 )
 
 
-def test_no_file_tells_to_install_from_an_index_what_none_has() -> None:
+def test_no_file_tells_to_install_from_an_index_what_none_has(project_files: list[Path]) -> None:
     found = []
-    for path in project_files():
+    for path in project_files:
         text = path.read_text(encoding="utf-8", errors="replace")
         found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in FROM_AN_INDEX.finditer(text)]
     assert found == []
@@ -133,6 +133,21 @@ def definitions(tree: ast.Module) -> set[str]:
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
                 names.add(name)
     return names
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_begin_with_a_verb_or_a_noun(name: str) -> None:
+    """Of functions, ruff sees to it. Attributes have a string below them."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    strings = [
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    questions = re.compile(r"(What|Whether|Where|How|Which|When|Why|Who)(ever|soever)?\b")
+    assert [text for text in strings if questions.match(text)] == []
 
 
 def classes_of(path: Path) -> list[str]:
@@ -302,6 +317,13 @@ def test_what_a_change_can_break_is_there() -> None:
         tests = re.findall(r"`(tests/[^`]+)`", run)
         assert tests
         assert [one for one in tests if not (ROOT / one).exists()] == []
+
+
+def test_make_targets_of_contributing_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"`make (\w+)`", PAGES["CONTRIBUTING.md"]))
+    assert "check" in targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
 @pytest.mark.parametrize("sign", ["-", "+"], ids=["before", "after"])

@@ -1,5 +1,6 @@
-"""TLS 1.3 and qkd-tls/1 once more, from the specifications: a client that tells its secrets, and an eavesdropper.
+"""TLS 1.3 and qkd-tls/1 from the specifications: a client that reveals its secrets, and an eavesdropper.
 
-Nothing here comes from `qkd_tls`: only the standard library and the primitives of `cryptography`. It is written to be
-read, for demonstrations and tests. It is no TLS library: nothing is done in constant time, nothing wiped.
+Nothing here comes from `qkd_tls`: only the standard library and the primitives of `cryptography`. It is
+written to be read, for demonstrations and tests. It is not a TLS library: nothing is constant-time, and
+nothing is wiped.
 """

@@ -1,4 +1,4 @@
-"""Who records now and decrypts later: recordings, and what can be read in them with the secrets that are known."""
+"""An attacker who records now and decrypts later: recordings, and what the known secrets open in them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class Recording:
     pieces: list[tuple[str, bytes]] = field(default_factory=list, repr=False)
 
     def handshakes(self) -> list[Recording]:
-        """One recording for each TLS connection on the transport: a hello is in the clear, and begins one."""
+        """Return one recording for each TLS connection; each begins with a hello in the clear."""
         clients = _cut_at_hellos(self.client, wire.CLIENT_HELLO)
         servers = _cut_at_hellos(self.server, wire.SERVER_HELLO)
         return [Recording(*both) for both in zip(clients, servers, strict=True)]
 
 
 class FutureComputer:
-    """Finds the secret of a key exchange whose public values it is shown, if it can break the algorithm.
+    """A computer that finds a key exchange's secret from its public values, if it can break the algorithm.
 
-    There is no such computer. This one is told the clients' ephemeral secrets instead, and finds the one that belongs
-    to a public value on the wire. It breaks one connection at a time, as the real one would.
+    There is no such computer. This one is told the clients' ephemeral secrets instead, and finds the one that
+    belongs to a public value on the wire. It breaks one connection at a time, as the real one would.
 
     Args:
-        breaks: which algorithms it can break: `X25519`, `ML_KEM`, both or none.
-        told: what the clients have handed over.
+        breaks: the algorithms it can break: `X25519`, `ML_KEM`, both or none.
+        told: the ephemeral secrets that the clients have handed over.
     """
 
     def __init__(self, breaks: Collection[str], told: Iterable[EphemeralSecrets]) -> None:
@@ -55,12 +55,12 @@ class FutureComputer:
             self._ml_kem.clear()
 
     def x25519(self, client_public: bytes, server_public: bytes) -> bytes | None:
-        """The shared secret of two public keys."""
+        """Return the shared secret of two public keys, or None."""
         private = self._x25519.get(client_public)
         return private.exchange(X25519PublicKey.from_public_bytes(server_public)) if private else None
 
     def ml_kem(self, encapsulation_key: bytes, ciphertext: bytes) -> bytes | None:
-        """The secret in a ciphertext."""
+        """Return the secret in a ciphertext, or None."""
         private = self._ml_kem.get(encapsulation_key)
         return private.decapsulate(ciphertext) if private else None
 
@@ -73,14 +73,14 @@ class Opened:
     client_data: bytes
     server_data: bytes
     association: Association | None = None
-    """The one that this connection, a bootstrap, has made."""
+    """The association made by this connection, if it is a bootstrap."""
 
 
 @dataclass
 class Sealed:
     """A TLS connection that was not read.
 
-    `missing` says which secrets are not known; `binder_fits`, whether at least the PSK is (None: there was no PSK).
+    `missing` names the unknown secrets; `binder_fits` says whether the PSK is known (None: there was no PSK).
     """
 
     missing: list[str]
@@ -88,15 +88,15 @@ class Sealed:
 
 
 class Eavesdropper:
-    """Reads recordings with everything that is known.
+    """An attacker who reads recordings with every secret that is known.
 
-    Nothing is taken for closed without trying: zeros stand in for a secret that is not known, and the first record
-    that they do not open ends the attempt.
+    Every connection is tried before it counts as closed: zeros stand in for an unknown secret, and the first
+    record that they do not open ends the attempt.
 
     Args:
-        computer: for the key exchanges.
+        computer: breaks the key exchanges.
         qkd_keys: QKD keys, without their IDs; the binder of a ClientHello tells which fits.
-        associations: those known from elsewhere; those of bootstraps that are read come to them.
+        associations: those known from elsewhere; those of bootstraps that are read are added to them.
     """
 
     def __init__(

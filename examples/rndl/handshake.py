@@ -24,7 +24,7 @@ class Handshake:
         client_hello: with its header, as are all messages.
         server_hello: the answer.
         shared_secret: of the key exchange.
-        psk: counts only if the server took it.
+        psk: used only if the server accepted it.
     """
 
     def __init__(
@@ -44,28 +44,28 @@ class Handshake:
         self.schedule.enter_handshake(shared_secret, self.transcript)
 
     def keys(self, secret_name: str) -> TrafficKeys:
-        """The keys of a traffic secret, by its name in key logs."""
+        """Return the keys of a traffic secret, by its name in key logs."""
         return TrafficKeys(self.suite, self.schedule.secrets[secret_name])
 
     def read_server_flight(self, server: wire.Inbound) -> None:
-        """From EncryptedExtensions to Finished: all signatures and MACs are checked.
+        """Read EncryptedExtensions to Finished and check all signatures and MACs.
 
         Raises:
             CannotDecrypt: the secrets are wrong.
             Ended: the server gave up.
-            Forged: it is not the server's.
+            Forged: a message is not the server's.
         """
         self._read_flight(server, "server")
         self.schedule.enter_application(self.transcript)
         server.keys = self.keys("SERVER_TRAFFIC_SECRET_0")
 
     def read_client_flight(self, client: wire.Inbound) -> None:
-        """The client's Finished, and its certificate if it was asked for one; raises as for the server's."""
+        """Read the client's Finished, and its certificate if one was requested; raise as for the server's."""
         self._read_flight(client, "client")
         client.keys = self.keys("CLIENT_TRAFFIC_SECRET_0")
 
     def client_finished(self) -> bytes:
-        """The client's last message."""
+        """Return the client's last message."""
         secret = self.schedule.secrets["CLIENT_HANDSHAKE_TRAFFIC_SECRET"]
         return wire.handshake_message(wire.FINISHED, self.schedule.finished(secret, self.transcript))
 
@@ -116,7 +116,7 @@ class Handshake:
 
 
 def binder_fits(client_hello: bytes, psk: bytes) -> bool:
-    """Whether the binder of this ClientHello was made with this PSK: its length says with which hash."""
+    """Return whether this ClientHello's binder was made with this PSK; the binder's length tells the hash."""
     offered = wire.parse_client_hello(client_hello).psk
     assert offered is not None
     schedule = KeySchedule("sha384" if len(offered.binder) == 48 else "sha256", psk)

@@ -1,4 +1,4 @@
-"""What qkd-tls/1 derives and says, from the page "The wire protocol qkd-tls/1": key schedule and control messages."""
+"""Key schedule and control messages of qkd-tls/1, from the page "The wire protocol qkd-tls/1"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TARGETS = {"sha384": (0x0002, 48), "sha256": (0x0001, 32)}
 
 @dataclass(frozen=True)
 class Association:
-    """What both sides remember of a bootstrap: the association secret A, and the SAE IDs."""
+    """A bootstrap's outcome that both sides remember: the association secret A, and the SAE IDs."""
 
     secret: bytes = field(repr=False)
     client_sae: str
@@ -30,24 +30,24 @@ class Association:
 
     @classmethod
     def made(cls, exported: bytes, client_sae: str, server_sae: str, kem: bytes = b"") -> Association:
-        """From H, the exporter's 48 bytes, and K, the secret of an explicit KEM."""
+        """Make an association from H, the exporter's 48 bytes, and K, the secret of an explicit KEM."""
         salt = b"qkd-tls/1 association secret"
         return cls(extract("sha384", salt, vector(2, exported) + vector(2, kem)), client_sae, server_sae)
 
     @property
     def id(self) -> bytes:
-        """Its public name, 16 bytes."""
+        """The association's public name, 16 bytes."""
         return expand("sha384", self.secret, b"qkd-tls/1 association id", 16)
 
     def identity(self, key_id: str, kdf: str = "sha384") -> bytes:
-        """The PSK identity of a connection with this QKD key."""
+        """Return the PSK identity of a connection with this QKD key."""
         head = f"qkd1.{kdf}.{_base64url(self.id)}"
         tag_key = expand("sha384", self.secret, b"qkd-tls/1 identity tag", 48)
         tag = hmac.digest(tag_key, f"{head}.{key_id}".encode(), "sha384")[:9]
         return f"{head}.{_base64url(tag)}.{key_id}".encode()
 
     def psk(self, identity: bytes, qkd_key: bytes) -> bytes:
-        """The PSK of that connection: epskx is imported for the identity."""
+        """Return the PSK of that connection: epskx is imported for the identity."""
         epskx = extract("sha384", bytes(48), vector(2, qkd_key) + vector(2, self.secret))
         target, length = _TARGETS[identity_parts(identity)[0]]
         context = vector(1, self.client_sae.encode()) + vector(1, self.server_sae.encode())
@@ -56,18 +56,18 @@ class Association:
 
 
 def identity_parts(identity: bytes) -> tuple[str, bytes, str]:
-    """KDF, association ID and key ID of a PSK identity."""
+    """Return KDF, association ID and key ID of a PSK identity."""
     _, kdf, association, _, key_id = identity.decode().split(".", 4)
     return kdf, base64.urlsafe_b64decode(association + "=="), key_id
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
-    """A control message on the bootstrap channel."""
+    """Return a control message framed for the bootstrap channel."""
     return vector(2, json.dumps({**message, "version": 1}).encode())
 
 
 def read_frames(data: bytes) -> Iterator[dict[str, Any]]:
-    """The control messages that application data of a bootstrap holds."""
+    """Yield the control messages in application data of a bootstrap."""
     reader = Reader(data)
     while reader.more:
         yield json.loads(reader.vector(2))

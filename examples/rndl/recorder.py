@@ -14,7 +14,7 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 class RecordingProxy:
-    """Listens on a port of 127.0.0.1; `recordings` has one entry for each connection, in their order.
+    """A proxy on a port of 127.0.0.1; `recordings` has one entry for each connection, in their order.
 
     Args:
         target: host and port of the server.
@@ -39,7 +39,7 @@ class RecordingProxy:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until the connections that there are have ended, and all is recorded."""
+        """Wait until the current connections have ended, and everything is recorded."""
         for thread in self._threads:
             thread.join()
 

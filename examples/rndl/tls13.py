@@ -52,12 +52,12 @@ SUITES = {
 
 
 def extract(hash_name: str, salt: bytes, secret: bytes) -> bytes:
-    """HKDF-Extract, RFC 5869 section 2.2."""
+    """Compute HKDF-Extract, RFC 5869 section 2.2."""
     return hmac.digest(salt, secret, hash_name)
 
 
 def expand(hash_name: str, key: bytes, info: bytes, length: int) -> bytes:
-    """HKDF-Expand, RFC 5869 section 2.3."""
+    """Compute HKDF-Expand, RFC 5869 section 2.3."""
     result = block = b""
     counter = 0
     while len(result) < length:
@@ -68,25 +68,28 @@ def expand(hash_name: str, key: bytes, info: bytes, length: int) -> bytes:
 
 
 def expand_label(hash_name: str, key: bytes, label: str, context: bytes, length: int) -> bytes:
-    """HKDF-Expand-Label, RFC 8446 section 7.1."""
+    """Compute HKDF-Expand-Label, RFC 8446 section 7.1."""
     full = b"tls13 " + label.encode()
     info = length.to_bytes(2, "big") + bytes([len(full)]) + full + bytes([len(context)]) + context
     return expand(hash_name, key, info, length)
 
 
 def transcript_hash(hash_name: str, messages: bytes) -> bytes:
-    """Transcript-Hash of handshake messages with their headers, RFC 8446 section 4.4.1 (without HelloRetryRequest)."""
+    """Hash handshake messages with their headers: Transcript-Hash, RFC 8446 section 4.4.1.
+
+    A HelloRetryRequest is not supported.
+    """
     return hashlib.new(hash_name, messages).digest()
 
 
 class KeySchedule:
     """The secrets of one connection, RFC 8446 section 7.1.
 
-    `secrets` has them by the names that key logs use, as far as the handshake has come.
+    `secrets` has them by their names in key logs, as far as the handshake has come.
 
     Args:
         hash_name: of the cipher suite, or of the PSK before there is one.
-        psk: the pre-shared key; None for a handshake without.
+        psk: the pre-shared key; None for a handshake without one.
     """
 
     def __init__(self, hash_name: str, psk: bytes | None = None) -> None:
@@ -96,7 +99,7 @@ class KeySchedule:
         self.secrets: dict[str, bytes] = {}
 
     def binder(self, truncated_hello: bytes) -> bytes:
-        """The binder of an external PSK over a ClientHello up to its list of binders, section 4.2.11.2."""
+        """Return the binder of an external PSK over a ClientHello up to its binders, section 4.2.11.2."""
         return self.finished(self._derive("ext binder", b""), truncated_hello)
 
     def enter_handshake(self, shared_secret: bytes, messages: bytes) -> None:
@@ -116,12 +119,12 @@ class KeySchedule:
             self.secrets[name] = self._derive(label, messages)
 
     def finished(self, base_key: bytes, messages: bytes) -> bytes:
-        """The MAC of a Finished message, or a binder, section 4.4.4."""
+        """Return the MAC of a Finished message, or a binder, section 4.4.4."""
         key = expand_label(self.hash_name, base_key, "finished", b"", self._size)
         return hmac.digest(key, transcript_hash(self.hash_name, messages), self.hash_name)
 
     def export(self, label: str, context: bytes, length: int) -> bytes:
-        """The exporter, section 7.5."""
+        """Return the exporter's output, section 7.5."""
         secret = expand_label(
             self.hash_name,
             self.secrets["EXPORTER_SECRET"],
@@ -141,7 +144,7 @@ class KeySchedule:
 
 
 class TrafficKeys:
-    """Protects or opens the records of one direction, RFC 8446 sections 5.2 and 5.3."""
+    """Keys that protect or open the records of one direction, RFC 8446 sections 5.2 and 5.3."""
 
     def __init__(self, suite: CipherSuite, secret: bytes) -> None:
         self._suite = suite
@@ -151,15 +154,15 @@ class TrafficKeys:
         self._sequence = 0
 
     def seal(self, content_type: int, content: bytes) -> bytes:
-        """A record, header and all."""
+        """Return a protected record with its header."""
         header = b"\x17\x03\x03" + (len(content) + 17).to_bytes(2, "big")
         return header + self._aead.encrypt(self._nonce(), content + bytes([content_type]), header)
 
     def open(self, header: bytes, body: bytes) -> tuple[int, bytes]:
-        """Content type and content of a record.
+        """Return content type and content of a record.
 
         Raises:
-            CannotDecrypt: the authentication tag is wrong: these are not the keys.
+            CannotDecrypt: the authentication tag is wrong: the record was protected with other keys.
         """
         try:
             inner = self._aead.decrypt(self._nonce(), body, header).rstrip(b"\0")
@@ -168,7 +171,7 @@ class TrafficKeys:
         return inner[-1], inner[:-1]
 
     def updated(self) -> TrafficKeys:
-        """The keys after a KeyUpdate, section 7.2."""
+        """Return the keys after a KeyUpdate, section 7.2."""
         size = len(self._secret)
         secret = expand_label(self._suite.hash_name, self._secret, "traffic upd", b"", size)
         return TrafficKeys(self._suite, secret)

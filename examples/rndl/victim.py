@@ -31,7 +31,7 @@ class EphemeralSecrets:
 
     @classmethod
     def for_group(cls, group: int) -> EphemeralSecrets:
-        """New ones."""
+        """Generate new private keys for a group."""
         return cls(ml_kem=MLKEM768PrivateKey.generate() if group == wire.X25519MLKEM768 else None)
 
     @property
@@ -41,7 +41,7 @@ class EphemeralSecrets:
         return ml_kem + self.x25519.public_key().public_bytes_raw()
 
     def shared_secret(self, server_share: bytes) -> bytes:
-        """ML-KEM's secret, if any, and then X25519's."""
+        """Return ML-KEM's secret, if any, and then X25519's."""
         ml_kem = self.ml_kem.decapsulate(server_share[:-32]) if self.ml_kem else b""
         return ml_kem + self.x25519.exchange(X25519PublicKey.from_public_bytes(server_share[-32:]))
 
@@ -52,10 +52,10 @@ class Client:
     Args:
         transport: connected; read record by record, so that what follows this connection is left on it.
         server_name: host name, which the certificate must have.
-        ca: that the certificate must come from.
+        ca: the CA that must have issued the certificate.
         group: of the key exchange, `X25519` or `X25519MLKEM768`; no other is offered.
         alpn: protocols, the preferred one first.
-        psk: identity and external PSK of SHA-384, if there is one: without it, certificates.
+        psk: identity and external PSK of SHA-384, if there is one; without it, certificates are used.
     """
 
     def __init__(
@@ -80,25 +80,25 @@ class Client:
 
     @property
     def handshake(self) -> Handshake:
-        """What was computed."""
+        """The computed handshake."""
         assert self._handshake is not None, "there was no handshake yet"
         return self._handshake
 
     def connect(self) -> Handshake:
-        """The handshake."""
+        """Run the handshake."""
         self.send_hello()
         return self.finish()
 
     def send_hello(self) -> None:
-        """The first flight."""
+        """Send the first flight."""
         self._transport.sendall(b"\x16\x03\x01" + wire.vector(2, self._hello))
 
     def finish(self) -> Handshake:
-        """The rest of the handshake.
+        """Finish the handshake after the first flight.
 
         Raises:
             Ended, CannotDecrypt, Forged: it failed.
-            ssl errors of `cryptography.x509.verification`: the certificate is not that of the server name.
+            ssl errors of `cryptography.x509.verification`: the certificate does not match the server name.
         """
         server_hello = self._inbound.message()
         (share,) = wire.parse_server_hello(server_hello).key_shares.values()
@@ -125,11 +125,11 @@ class Client:
         self._transport.sendall(self._keys.seal(wire.APPLICATION_DATA, data))
 
     def receive(self) -> bytes:
-        """The next record's application data."""
+        """Return the next record's application data."""
         return self._inbound.data()
 
     def receive_all(self) -> bytes:
-        """All application data until the server ends its stream."""
+        """Return all application data until the server ends its stream."""
         return self._inbound.all_data()
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class QKDKeyMaterial:
 
 @dataclass
 class HybridClient:
-    """A connection of qkd-tls/1, and what the client knows of it.
+    """A connection of qkd-tls/1, and the client's association and secrets.
 
     `bootstrap` is None on an associated connection.
     """
@@ -204,7 +204,7 @@ def connect_hybrid(
     association: Association | None = None,
     pipelined: bool = False,
 ) -> HybridClient:
-    """A connection with a QKD key, after a bootstrap unless there is an association.
+    """Connect with a QKD key, after a bootstrap unless there is an association.
 
     Args:
         transport: connected.
@@ -214,7 +214,7 @@ def connect_hybrid(
         client_sae: SAE ID of this side.
         server_sae: SAE ID of the server.
         association: of an earlier connection.
-        pipelined: whether to send the second ClientHello right behind the offer.
+        pipelined: send the second ClientHello right behind the offer.
     """
     protocols = (ALPN_NAME, "http/1.1")
     bootstrap = None

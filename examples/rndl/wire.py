@@ -1,4 +1,4 @@
-"""What is on the wire: records, handshake messages and their extensions, RFC 8446 sections 4 and 5."""
+"""The bytes on the wire: records, handshake messages and their extensions, RFC 8446 sections 4 and 5."""
 
 from __future__ import annotations
 
@@ -62,35 +62,35 @@ class Ended(Exception):
 
 
 def vector(size: int, data: bytes) -> bytes:
-    """A vector with its length in `size` bytes in front."""
+    """Return a vector: its length in `size` bytes, then the data."""
     return len(data).to_bytes(size, "big") + data
 
 
 class Reader:
-    """Reads integers and vectors one after the other."""
+    """A reader of integers and vectors, one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.position = 0
 
     def take(self, length: int) -> bytes:
-        """So many bytes."""
+        """Return the next `length` bytes."""
         if length > len(self._data) - self.position:
             raise ValueError("a message ends too early")
         self.position += length
         return self._data[self.position - length : self.position]
 
     def integer(self, size: int) -> int:
-        """An integer of `size` bytes."""
+        """Return an integer of `size` bytes."""
         return int.from_bytes(self.take(size), "big")
 
     def vector(self, size: int) -> bytes:
-        """What follows a length of `size` bytes."""
+        """Return the vector that follows a length of `size` bytes."""
         return self.take(self.integer(size))
 
     @property
     def more(self) -> bool:
-        """Whether something is left."""
+        """True if bytes are left."""
         return self.position < len(self._data)
 
 
@@ -105,12 +105,12 @@ class Record(NamedTuple):
 
     @property
     def content_type(self) -> int:
-        """The outer one."""
+        """The outer content type."""
         return self.header[0]
 
 
 def record_source(read: Callable[[int], bytes]) -> Iterator[Record]:
-    """The records of a stream; `read` gives so many bytes, or fewer at its end."""
+    """Yield the records of a stream; `read` gives so many bytes, or fewer at its end."""
     while len(header := read(5)) == 5:
         length = int.from_bytes(header[3:], "big")
         body = read(length)
@@ -120,7 +120,7 @@ def record_source(read: Callable[[int], bytes]) -> Iterator[Record]:
 
 
 class Inbound:
-    """What one side sends: handshake messages, then application data, opened with `keys` once there are some."""
+    """One side's stream: handshake messages, then application data, opened with `keys` once known."""
 
     def __init__(self, records: Iterator[Record]) -> None:
         self._records = records
@@ -128,10 +128,10 @@ class Inbound:
         self.keys: TrafficKeys | None = None
 
     def message(self) -> bytes:
-        """The next handshake message, with its header.
+        """Return the next handshake message, with its header.
 
         Raises:
-            Ended: there is none.
+            Ended: no message follows.
             CannotDecrypt: the keys are wrong.
         """
         while not (message := self._whole_message()):
@@ -142,10 +142,10 @@ class Inbound:
         return message
 
     def data(self) -> bytes:
-        """The next piece of application data. Tickets are skipped, KeyUpdates done.
+        """Return the next piece of application data; skip tickets and act on KeyUpdates.
 
         Raises:
-            Ended: there is no more.
+            Ended: no more data follows.
             CannotDecrypt: the keys are wrong.
         """
         while True:
@@ -161,7 +161,7 @@ class Inbound:
                     raise Ended(f"a handshake message of type {message[0]} after the handshake")
 
     def all_data(self) -> bytes:
-        """All application data to the end of the stream."""
+        """Return all application data to the end of the stream."""
         received = b""
         try:
             while True:
@@ -190,7 +190,7 @@ class Inbound:
 
 
 def handshake_message(kind: int, content: bytes) -> bytes:
-    """A handshake message with its header."""
+    """Return a handshake message with its header."""
     return bytes([kind]) + vector(3, content)
 
 
@@ -198,7 +198,7 @@ def handshake_message(kind: int, content: bytes) -> bytes:
 
 
 class OfferedPSK(NamedTuple):
-    """The PSK of a ClientHello; `binder_offset` is where in the message the list of binders begins."""
+    """The PSK of a ClientHello; the list of binders begins at `binder_offset` in the message."""
 
     identity: bytes
     binder: bytes
@@ -207,7 +207,7 @@ class OfferedPSK(NamedTuple):
 
 @dataclass
 class Hello:
-    """A ClientHello or ServerHello, as far as it matters here."""
+    """A ClientHello or ServerHello, with the fields used here."""
 
     random: bytes
     suites: Sequence[int]
@@ -217,7 +217,7 @@ class Hello:
 
     @property
     def alpn(self) -> list[str]:
-        """The protocols that are offered."""
+        """The offered protocols."""
         reader = Reader(Reader(self.extensions.get(ALPN, b"\0\0")).vector(2))
         names = []
         while reader.more:
@@ -236,7 +236,7 @@ def client_hello(
     psk_identity: bytes | None = None,
     binder_length: int = 0,
 ) -> bytes:
-    """A ClientHello with one group; with a PSK its binder is zeros still, and is the end of the message."""
+    """Build a ClientHello with one group; a PSK's binder is zeros still, and ends the message."""
     extensions = [
         (SERVER_NAME, vector(2, b"\0" + vector(2, server_name.encode()))),
         (SUPPORTED_GROUPS, vector(2, group.to_bytes(2, "big"))),
@@ -301,7 +301,7 @@ def parse_server_hello(message: bytes) -> Hello:
 
 
 def parse_extensions(data: bytes) -> dict[int, bytes]:
-    """Extensions by their numbers."""
+    """Return extensions by their numbers."""
     reader = Reader(data)
     found = {}
     while reader.more:

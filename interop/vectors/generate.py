@@ -1,8 +1,8 @@
 """Write the test kit.
 
-`derivation.json`, `identities.json`, `control_messages.json` and `client_hellos.json` come out the same each time;
-nothing of qkd_tls is used for them. `--record` also records new handshakes of qkd_tls, which have fresh randomness
-each time, into `handshakes.json`.
+`derivation.json`, `identities.json`, `control_messages.json` and `client_hellos.json` are the same each time;
+nothing of qkd_tls is used for them. `--record` also records new handshakes of qkd_tls, which have fresh
+randomness each time, into `handshakes.json`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def extract(salt: bytes, keying_material: bytes) -> bytes:
-    """HKDF-Extract of RFC 5869 with SHA-384."""
+    """Compute HKDF-Extract of RFC 5869 with SHA-384."""
     return hmac.new(salt, keying_material, hashlib.sha384).digest()
 
 
 def expand(key: bytes, info: bytes, size: int, name: str = "sha384") -> bytes:
-    """HKDF-Expand of RFC 5869 with this hash."""
+    """Compute HKDF-Expand of RFC 5869 with this hash."""
     block, out, number = b"", b"", 1
     while len(out) < size:
         block = hmac.new(key, block + info + bytes([number]), name).digest()
@@ -42,30 +42,30 @@ def expand(key: bytes, info: bytes, size: int, name: str = "sha384") -> bytes:
 
 
 def expand_label(name: str, secret: bytes, label: bytes, context: bytes, size: int) -> bytes:
-    """HKDF-Expand-Label of RFC 8446 section 7.1 with this hash."""
+    """Compute HKDF-Expand-Label of RFC 8446 section 7.1 with this hash."""
     info = size.to_bytes(2, "big") + v8(b"tls13 " + label) + v8(context)
     return expand(secret, info, size, name)
 
 
 def v8(data: bytes) -> bytes:
-    """Behind its length in one byte."""
+    """Return the data behind its length in one byte."""
     return len(data).to_bytes(1, "big") + data
 
 
 def v16(data: bytes) -> bytes:
-    """Behind its length in two bytes."""
+    """Return the data behind its length in two bytes."""
     return len(data).to_bytes(2, "big") + data
 
 
 def b64url(data: bytes) -> str:
-    """base64url without padding."""
+    """Encode as base64url without padding."""
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def derive(
     kdf: str, h: bytes, k: bytes, q: bytes, client_sae: str, server_sae: str, key_id: str
 ) -> dict[str, Any]:
-    """All steps of the key schedule, from the inputs to the PSK."""
+    """Compute all steps of the key schedule, from the inputs to the PSK."""
     a = extract(b"qkd-tls/1 association secret", v16(h) + v16(k))
     association_id = expand(a, b"qkd-tls/1 association id", 16)
     tag_key = expand(a, b"qkd-tls/1 identity tag", 48)
@@ -98,12 +98,12 @@ def derive(
 
 
 def some_bytes(label: str, size: int) -> bytes:
-    """Bytes that look random and are the same each time."""
+    """Return bytes that look random and are the same each time."""
     return hashlib.shake_256(f"qkd-tls/1 vectors: {label}".encode()).digest(size)
 
 
 def derivation() -> list[dict[str, Any]]:
-    """Every kind of input, and the limits of their lengths."""
+    """Return cases of every kind of input, and the limits of their lengths."""
     cases = (
         ("the usual", "sha384", 0, 32, "SAE-A", "SAE-B", "26e9895d-5ce9-e8ef-74fc-92a52024c7d9"),
         ("SHA-256", "sha256", 0, 32, "SAE-A", "SAE-B", "e347b561-0bda-24b0-b608-fb04aa79672c"),
@@ -133,7 +133,7 @@ def derivation() -> list[dict[str, Any]]:
 
 
 def identities() -> list[dict[str, Any]]:
-    """PSK identities: what they hold, or that they must be refused (null)."""
+    """Return PSK identities: their contents, or null if they must be refused."""
     association, tag = some_bytes("a", 16), some_bytes("tag", 9)
     a, t = b64url(association), b64url(tag)
 
@@ -176,7 +176,7 @@ def identities() -> list[dict[str, Any]]:
 
 
 def control_messages() -> list[dict[str, Any]]:
-    """Frames: the message in them, or the code they are to be rejected with."""
+    """Return frames: the message in each, or the code for its rejection."""
     ek, ct = some_bytes("ek", 40), some_bytes("ct", 33)
     offer = {
         "type": "offer",
@@ -272,7 +272,7 @@ def control_messages() -> list[dict[str, Any]]:
 
 
 def client_hellos() -> list[dict[str, Any]]:
-    """Handshake messages: what a server of qkd-tls/1 reads in them, or that they are none (null)."""
+    """Return handshake messages: what a server of qkd-tls/1 reads in each, or null if it must refuse it."""
     identity = b"qkd1.sha384.E9_zJpGJBj8WIjZr4e1cXA.h5_YEbgUSqGG.26e9895d-5ce9-e8ef-74fc-92a52024c7d9"
 
     def hello(*extensions: tuple[int, bytes]) -> bytes:
@@ -335,12 +335,12 @@ def client_hellos() -> list[dict[str, Any]]:
 
 
 def handshakes() -> list[dict[str, Any]]:
-    """A bootstrap and an associated connection for each hash, over memory, with all secrets disclosed."""
+    """Record a bootstrap and an associated connection over memory for each hash; disclose all secrets."""
     return [case for kdf in ("sha384", "sha256") for case in record(kdf)]
 
 
 def record(kdf: str) -> list[dict[str, Any]]:
-    """The two connections of one association."""
+    """Record the two connections of one association."""
     import ssl
 
     from cryptography import x509
@@ -422,7 +422,10 @@ def record(kdf: str) -> list[dict[str, Any]]:
 
 
 def export(exporter_secret: bytes) -> bytes:
-    """H from the exporter secret of a bootstrap (RFC 8446 section 7.5); its hash is SHA-384 or SHA-256 by its size."""
+    """Return H from the exporter secret of a bootstrap (RFC 8446 section 7.5).
+
+    The hash is SHA-384 or SHA-256, by the secret's size.
+    """
     name = "sha384" if len(exporter_secret) == 48 else "sha256"
     empty = hashlib.new(name).digest()
     secret = expand_label(name, exporter_secret, b"EXPERIMENTAL qkd-tls/1 association", empty, len(empty))
@@ -430,7 +433,7 @@ def export(exporter_secret: bytes) -> bytes:
 
 
 def talk(client: Any, server: Any) -> tuple[list[bytes], list[bytes]]:
-    """Shake hands over memory, send ping and pong, and return what each side has sent."""
+    """Shake hands over memory, send ping and pong, and return each side's flights."""
     import ssl
 
     bios = [ssl.MemoryBIO() for _ in range(4)]
@@ -485,7 +488,7 @@ REPRODUCIBLE = {
 
 
 def text_of(cases: list[dict[str, Any]]) -> str:
-    """A file of the kit."""
+    """Return the text of a file of the kit."""
     return json.dumps({"protocol": "qkd-tls/1", "cases": cases}, indent=1, ensure_ascii=False) + "\n"
 
 

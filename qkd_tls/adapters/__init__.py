@@ -1,3 +1,3 @@
-"""Ways to give libraries a `QKDContext` where they do not take an `ssl.SSLContext` by themselves."""
+"""Ways to give a `QKDContext` to libraries that do not take an `ssl.SSLContext` by themselves."""
 
 __all__: list[str] = []

@@ -6,9 +6,9 @@
         async with session.get("https://server.example/") as response:
             print(response.qkd)
 
-`aiohttp.TCPConnector(ssl=context)` works too. Then the loop waits for the KMS, unless it is a `qkd_tls.aio.EventLoop`.
-So it is with the server, `web.TCPSite(runner, ssl_context=context)`: run it in that loop. There
-`request.transport.get_extra_info("ssl_object").qkd` says what protects a request.
+`aiohttp.TCPConnector(ssl=context)` works too, but then the loop waits for the KMS, unless it is a
+`qkd_tls.aio.EventLoop`. The same holds for the server, `web.TCPSite(runner, ssl_context=context)`: run it in
+that loop. There `request.transport.get_extra_info("ssl_object").qkd` says what protects a request.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ __all__ = ["QKDConnector", "QKDResponse"]
 
 
 class QKDConnector(aiohttp.TCPConnector):
-    """Makes the connections of a `ClientSession` with a `QKDContext`.
+    """A connector that makes the connections of a `ClientSession` with a `QKDContext`.
 
     Args:
-        context: of a client. The `ssl` argument of a single request still goes before it.
+        context: a client's context. The `ssl` argument of a single request still takes precedence.
         options: keyword arguments of `aiohttp.TCPConnector`, without `ssl`.
 
-    A request raises what it always does: aiohttp.ClientSSLError has the `QKDError` as its cause.
+    A request raises the same exceptions as with aiohttp: aiohttp.ClientSSLError has the `QKDError` as its
+    cause.
     """
 
     def __init__(self, context: QKDContext, **options: Any) -> None:
@@ -48,19 +49,19 @@ class QKDConnector(aiohttp.TCPConnector):
 
 
 class QKDResponse(aiohttp.ClientResponse):
-    """A response that remembers what protected its connection, of which aiohttp lets go as soon as all has come."""
+    """A response that keeps its connection's `QKDInfo`: aiohttp drops the connection with the last byte."""
 
     qkd: QKDInfo | None = None
-    """None where the connection is not that of a `QKDContext`."""
+    """The connection's protection; None if its context is not a `QKDContext`."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        """Called by aiohttp."""
+        """Remember what protects the connection; called by aiohttp."""
         self.qkd = getattr(connection.transport.get_extra_info("ssl_object"), "qkd", None)
         return await super().start(connection)
 
 
 class _Connector:
-    """A connector in another loop, so to speak."""
+    """The connector with its loop replaced by a `_Loop`."""
 
     def __init__(self, connector: QKDConnector) -> None:
         self._connector = connector

@@ -1,4 +1,4 @@
-"""anyio over hybrid connections, under asyncio and trio: a KMS is asked in a worker thread."""
+"""Hybrid connections for anyio, under asyncio and trio: a KMS is asked in a worker thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["wrap_stream"]
 
 
 class _StreamDriver(Driver):
-    """Puts the engine's request down, for the stream to answer."""
+    """A driver that keeps the engine's request for the stream to answer."""
 
     def __init__(self) -> None:
         self._engine: EndpointEngine | None = None
@@ -85,10 +85,10 @@ async def wrap_stream(
     hostname: str | None = None,
     standard_compatible: bool = True,
 ) -> TLSStream:
-    """As `TLSStream.wrap`; `extra(TLSAttribute.ssl_object).qkd` says what protects the stream.
+    """Wrap a stream as `TLSStream.wrap` does; `extra(TLSAttribute.ssl_object).qkd` says what protects it.
 
-    Raises the errors of `TLSStream.wrap` and of `QKDContext.wrap_socket`. A cancellation waits for the answer
-    of a KMS that has been asked.
+    Raises the same errors as `TLSStream.wrap` and `QKDContext.wrap_socket`. A cancellation waits for the
+    answer of a KMS that has been asked.
     """
     driver = _StreamDriver()
     token = driver_in_charge.set(driver)

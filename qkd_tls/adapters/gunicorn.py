@@ -3,7 +3,7 @@
     certfile, keyfile = "server.pem", "server.key"
     ssl_context = ssl_context_hook(make_context)
 
-where `make_context()` makes the key manager and returns a server's `QKDContext`. An application reads
+`make_context()` makes the key manager and returns a server's `QKDContext`. An application reads
 `environ["gunicorn.socket"].qkd`.
 """
 
@@ -20,13 +20,14 @@ __all__ = ["ssl_context_hook"]
 
 
 def ssl_context_hook(make: Callable[[], QKDContext]) -> Callable[[Any, Any], QKDContext]:
-    """What gunicorn's setting `ssl_context` wants; gunicorn calls it for every connection.
+    """Return the function for gunicorn's setting `ssl_context`; gunicorn calls it for every connection.
 
     `make` is called once in each worker: with the first connection, after the fork, so that workers share no
-    connections to the KME. gunicorn speaks TLS only where `certfile` is set; the context's own certificate is sent.
+    connections to the KME. gunicorn speaks TLS only if `certfile` is set; the context's own certificate is
+    sent.
 
-    A client comes to any worker, and each has its own associations: with several workers a client bootstraps more
-    often. Workers wait for the KME in the thread that serves the connection.
+    A client's connections go to any worker, and each worker has its own associations: with several workers a
+    client bootstraps more often. Workers wait for the KME in the thread that serves the connection.
     """
     lock = threading.Lock()
     made: dict[int, QKDContext] = {}

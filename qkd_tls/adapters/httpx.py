@@ -1,7 +1,8 @@
 """`httpx` over hybrid connections.
 
-`httpx.Client(verify=context)` and `httpx.AsyncClient(verify=context)` take the context as it is. In the second the
-event loop waits while a KMS is asked. With this transport it does not, under asyncio and trio::
+`httpx.Client(verify=context)` and `httpx.AsyncClient(verify=context)` take the context as it is. With
+`AsyncClient` the event loop then waits while a KMS is asked. With this transport it does not, under asyncio
+and trio::
 
     httpx.AsyncClient(transport=QKDAsyncTransport(context))
 """
@@ -24,18 +25,20 @@ __all__ = ["QKDAsyncTransport", "qkd_info"]
 
 
 class QKDAsyncTransport(httpx.AsyncHTTPTransport):
-    """Sends the requests of an `httpx.AsyncClient` over connections of a `QKDContext`; the loop never waits for a KMS.
+    """A transport that sends an `httpx.AsyncClient`'s requests over connections of a `QKDContext`.
 
-    A client with a transport of its own ignores what else is said to it about connections (`http2`, `limits`, `proxy`,
-    proxies of the environment): say it here.
+    The loop never waits for a KMS.
+
+    A client with a transport of its own ignores its other connection settings (`http2`, `limits`, `proxy`,
+    proxies of the environment): pass them here.
 
     Args:
-        context: of a client.
+        context: a client's context.
         options: keyword arguments of `httpx.AsyncHTTPTransport`, without `verify` and `cert`.
 
-    A request raises what it always does: the `QKDError` behind an httpx.ConnectError is its `__cause__.__context__`. A
-    request that is cancelled, or whose time to connect is over, while a KMS is asked waits for the answer, so that the
-    keys in it are wiped.
+    A request raises the same exceptions as with httpx: the `QKDError` behind an httpx.ConnectError is its
+    `__cause__.__context__`. If a request is cancelled, or its time to connect is over, while a KMS is asked,
+    it waits for the answer, so that the keys in it are wiped.
     """
 
     def __init__(self, context: QKDContext, **options: Any) -> None:
@@ -45,9 +48,9 @@ class QKDAsyncTransport(httpx.AsyncHTTPTransport):
 
 
 def qkd_info(response: httpx.Response) -> QKDInfo:
-    """What protected the connection that this response came over, of a `Client` or an `AsyncClient`.
+    """Return what protected this response's connection, of a `Client` or an `AsyncClient`.
 
-    Raises ValueError where it did not come over the connection of a `QKDContext`.
+    Raises ValueError if the response did not come over the connection of a `QKDContext`.
     """
     stream = response.extensions.get("network_stream")
     info = getattr(stream and stream.get_extra_info("ssl_object"), "qkd", None)
@@ -57,7 +60,7 @@ def qkd_info(response: httpx.Response) -> QKDInfo:
 
 
 class _Backend(httpcore.AsyncNetworkBackend):
-    """httpcore's own, whose connections shake hands in another way."""
+    """The backend of httpcore with another way to shake hands."""
 
     def __init__(self) -> None:
         self._inner = httpcore.AnyIOBackend()
@@ -82,7 +85,7 @@ class _Backend(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """A connection before TLS: that of httpcore, but for `start_tls`."""
+    """A connection before TLS: httpcore's, except for `start_tls`."""
 
     def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
         self._inner = inner

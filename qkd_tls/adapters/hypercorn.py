@@ -3,8 +3,8 @@
     with asyncio.Runner(loop_factory=qkd_tls.aio.EventLoop) as runner:
         runner.run(hypercorn.asyncio.serve(app, QKDConfig(context)))
 
-hypercorn tells its application nothing of the connection that a request came over: no `QKDInfo` either. Under policy
-`require` every connection is hybrid.
+hypercorn tells its application nothing about the connection of a request, so no `QKDInfo` either. Under
+policy `require` every connection is hybrid.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["QKDConfig"]
 class QKDConfig(Config):
     """A configuration whose `bind` addresses are served with a `QKDContext`.
 
-    All TLS settings are the context's, but for `alpn_protocols`, which are set on it. `hypercorn`'s own command starts
-    its loop itself: call `hypercorn.asyncio.serve`. Its HTTP/3 is not for a `QKDContext`.
+    All TLS settings are the context's, except for `alpn_protocols`, which are set on it. `hypercorn`'s own
+    command starts its loop itself: call `hypercorn.asyncio.serve`. Its HTTP/3 does not use the `QKDContext`.
 
     Args:
-        context: of a server.
+        context: a server's context.
     """
 
     def __init__(self, context: QKDContext) -> None:
@@ -32,10 +32,10 @@ class QKDConfig(Config):
 
     @property
     def ssl_enabled(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     def create_ssl_context(self) -> QKDContext:
-        """Called by hypercorn."""
+        """Return the context with this configuration's ALPN protocols; called by hypercorn."""
         self._context.set_alpn_protocols(self.alpn_protocols)
         return self._context

@@ -1,10 +1,10 @@
-"""`redis-py` over hybrid connections. It makes its contexts itself, so it is given a class of connections::
+"""`redis-py` over hybrid connections. It makes its contexts itself, so it takes a class of connections::
 
     client = redis.Redis.from_url("redis://server.example:6380/0", connection_class=QKDConnection, qkd_context=context)
     print(qkd_info(client))
 
-With `redis.asyncio` it is `AsyncQKDConnection`, and the event loop never waits for a KMS.
-Redis itself does not speak qkd-tls: at its side is a tunnel, or another server of this package.
+With `redis.asyncio`, use `AsyncQKDConnection`: the event loop never waits for a KMS.
+Redis itself does not speak qkd-tls: put a tunnel, or another server of this package, in front of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class QKDConnection(redis.SSLConnection):
     """A connection of a `QKDContext`, for pools and `from_url` of `redis`.
 
     Args:
-        qkd_context: of a client. All TLS settings are the context's.
+        qkd_context: a client's context. All TLS settings are the context's.
         options: keyword arguments of `redis.Connection`.
 
-    Raises ValueError where one of redis-py's own TLS settings (`ssl_...`) is given too.
+    Raises ValueError if one of redis-py's own TLS settings (`ssl_...`) is given too.
     """
 
     def __init__(self, *, qkd_context: QKDContext, **options: Any) -> None:
@@ -42,12 +42,15 @@ class QKDConnection(redis.SSLConnection):
 
     @property
     def qkd(self) -> QKDInfo | None:
-        """What protects the connection; None before it is there."""
+        """The connection's protection; None before it is established."""
         return getattr(self._sock, "qkd", None)
 
 
 class AsyncQKDConnection(redis.asyncio.Connection):
-    """The same for `redis.asyncio`. `socket_connect_timeout` is for TCP and once more for TLS, the KMS included."""
+    """The same for `redis.asyncio`.
+
+    `socket_connect_timeout` applies to TCP, and once more to TLS including the KMS.
+    """
 
     def __init__(self, *, qkd_context: QKDContext, **options: Any) -> None:
         _refuse_tls_settings(options)
@@ -66,14 +69,14 @@ class AsyncQKDConnection(redis.asyncio.Connection):
 
     @property
     def qkd(self) -> QKDInfo | None:
-        """What protects the connection; None before it is there."""
+        """The connection's protection; None before it is established."""
         return getattr(self._writer and self._writer.get_extra_info("ssl_object"), "qkd", None)
 
 
 def qkd_info(client: redis.Redis) -> QKDInfo:
-    """What protects the connection that the client's next command goes over; connects where there is none.
+    """Return what protects the connection of the client's next command; connect if there is none.
 
-    For `redis.asyncio` ask a connection of the pool: its `qkd`. Raises ValueError for other connections.
+    For `redis.asyncio`, read `qkd` of a connection from the pool. Raises ValueError for other connections.
     """
     connection = client.connection_pool.get_connection()
     try:

@@ -21,19 +21,20 @@ _CA_BUNDLE_VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class QKDAdapter(HTTPAdapter):
-    """Sends the requests of a session over connections of a `QKDContext`.
+    """An adapter that sends the requests of a session over connections of a `QKDContext`.
 
-    All TLS settings are the context's: the CAs that it has loaded are trusted and no others (neither those that come
-    with `requests` nor those that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name), and its certificate is presented.
+    All TLS settings are the context's: only the CAs that it has loaded are trusted (neither those that come
+    with `requests` nor those that `REQUESTS_CA_BUNDLE` and `CURL_CA_BUNDLE` name), and its certificate is
+    presented.
 
     Args:
-        context: of a client.
+        context: a client's context.
         options: keyword arguments of `requests.adapters.HTTPAdapter`.
 
     A request raises:
         ValueError: `verify` or `cert` was given to the request or the session.
-        requests.exceptions.SSLError: as always; where a QKD key was the reason, its `__cause__` is the `QKDError`,
-            and its text is that error's.
+        requests.exceptions.SSLError: as always; if a QKD key was the reason, its `__cause__` is the
+            `QKDError`, and its text is that error's.
         NotImplementedError: the proxy itself is reached over TLS. Proxies that are reached over HTTP work.
     """
 
@@ -42,23 +43,23 @@ class QKDAdapter(HTTPAdapter):
         super().__init__(**options)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        """Called by `HTTPAdapter`."""
+        """Give the context to the pool manager; called by `HTTPAdapter`."""
         super().init_poolmanager(*args, ssl_context=self._context, **options)
         with_qkd_info(self.poolmanager)
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Called by `HTTPAdapter`."""
+        """Give the context to a proxy's pool manager; called by `HTTPAdapter`."""
         manager = super().proxy_manager_for(proxy, ssl_context=self._context, **options)
         with_qkd_info(manager)
         return manager
 
     def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
-        """Called by `HTTPAdapter`: where to connect to; nothing about TLS, which the context decides."""
+        """Return the address and no TLS settings, which are the context's; called by `HTTPAdapter`."""
         host, _ = super().build_connection_pool_key_attributes(request, True, None)
         return host, {}
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
-        """Called by `HTTPAdapter`, which would load the CA certificates that come with `requests`."""
+        """Keep out the CA certificates that come with `requests`; called by `HTTPAdapter`."""
 
     def send(
         self,
@@ -69,7 +70,7 @@ class QKDAdapter(HTTPAdapter):
         cert: Any = None,
         proxies: Any = None,
     ) -> requests.Response:
-        """Called by `requests.Session`; see the class for what it raises."""
+        """Send a request; called by `requests.Session`. The class lists the errors."""
         if verify is not True and verify not in map(os.environ.get, _CA_BUNDLE_VARIABLES):
             raise ValueError(
                 f"verify={verify!r} has no effect on a hybrid connection: configure the context instead, with its"
@@ -89,16 +90,16 @@ class QKDAdapter(HTTPAdapter):
             raise requests.exceptions.SSLError(cause, request=request) from cause
 
     def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
-        """Called by `HTTPAdapter`: notes what protected the connection while it is at hand."""
+        """Note what protected the connection while it is at hand; called by `HTTPAdapter`."""
         response = super().build_response(req, resp)
         response.qkd = getattr(resp.connection, "qkd", None)  # type: ignore[attr-defined]
         return response
 
 
 def qkd_info(response: requests.Response) -> QKDInfo:
-    """What protected the connection that this response came over.
+    """Return what protected this response's connection.
 
-    Raises ValueError where it did not come over a `QKDAdapter` and TLS.
+    Raises ValueError if the response did not come over a `QKDAdapter` and TLS.
     """
     info = getattr(response, "qkd", None)
     if not isinstance(info, QKDInfo):
@@ -107,7 +108,7 @@ def qkd_info(response: requests.Response) -> QKDInfo:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """What led to an error: urllib3 and requests keep it in `args` and in `reason`."""
+    """Yield an error and its causes, which urllib3 and requests keep in `args` and in `reason`."""
     yield error
     for inner in (*error.args, getattr(error, "reason", None)):
         if isinstance(inner, BaseException):

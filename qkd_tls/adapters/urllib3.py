@@ -1,4 +1,4 @@
-"""`urllib3` over hybrid connections. A pool takes the context as it is; here is what tells how a response came.
+"""`urllib3` over hybrid connections. A pool takes the context; this module keeps each response's `QKDInfo`.
 
 ::
 
@@ -23,18 +23,21 @@ _Manager = TypeVar("_Manager", bound=PoolManager)
 
 
 def with_qkd_info(manager: _Manager) -> _Manager:
-    """Let the responses of a `PoolManager` or `ProxyManager` remember what protected them; call it before requests.
+    """Let the responses of a `PoolManager` or `ProxyManager` remember what protected them.
 
-    Where the proxy itself is reached over TLS, a `QKDContext` cannot be used: NotImplementedError.
+    Call it before the first request.
+
+    A `QKDContext` cannot be used if the proxy itself is reached over TLS: NotImplementedError.
     """
     manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": _QKDConnectionPool}
     return manager
 
 
 def qkd_info(response: BaseHTTPResponse) -> QKDInfo:
-    """What protected the connection that this response came over.
+    """Return what protected this response's connection.
 
-    Raises ValueError where it came neither through `with_qkd_info` nor over the connection of a `QKDContext`.
+    Raises ValueError if the response did not come through `with_qkd_info` and over the connection of a
+    `QKDContext`.
     """
     info = getattr(response, "qkd", None)
     if not isinstance(info, QKDInfo):
@@ -45,7 +48,10 @@ def qkd_info(response: BaseHTTPResponse) -> QKDInfo:
 
 
 class _QKDConnection(HTTPSConnection):
-    """Keeps what protected it: `http.client` lets go of the socket at once where the server closes it afterwards."""
+    """A connection that keeps its `QKDInfo`.
+
+    `http.client` drops the socket at once if the server closes it after the response.
+    """
 
     qkd: QKDInfo | None = None
 

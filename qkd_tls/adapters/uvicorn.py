@@ -7,8 +7,8 @@
         http="qkd_tls.adapters.uvicorn:QKDProtocol",
     )
 
-Without `http` all of it works without this module. The protocol here tells the application what protects a request:
-`scope["state"]["qkd"]`.
+Without `http` everything works without this module. The protocol here tells the application what protects a
+request: `scope["state"]["qkd"]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["QKDProtocol"]
 
 
 class QKDProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's own protocol for HTTP, and for the WebSockets that begin with it.
+    """The HTTP protocol of uvicorn, also for the WebSockets that begin with it.
 
     The state of each request has the `QKDInfo` of its connection under "qkd"; None without a `QKDContext`.
     """
@@ -30,7 +30,7 @@ class QKDProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     app_state: dict[str, Any]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Called by asyncio."""
+        """Put the connection's `QKDInfo` into the state; called by asyncio."""
         info = getattr(transport.get_extra_info("ssl_object"), "qkd", None)
         self.app_state = {**self.app_state, "qkd": info}
         super().connection_made(transport)

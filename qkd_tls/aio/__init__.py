@@ -1,9 +1,9 @@
-"""asyncio over hybrid connections: asyncio's own functions by another name, and the loop never waits for a KMS.
+"""Hybrid connections for asyncio: its own functions by another name, and the loop never waits for a KMS.
 
-asyncio's own TLS transport runs the connection, over a `QKDObject`. What is added: while that shakes hands, the key
-manager is called in another thread, and the transport is woken up with the answer. Handshakes that come together take
-turns: the loop sees to everything else between them. A program that calls asyncio's
-functions itself, or a library does, gets the same by running in an `EventLoop`.
+asyncio's own TLS transport runs the connection, over a `QKDObject`. This package adds two things. During the
+handshake the key manager is called in another thread, and the transport is woken up with the answer. And
+handshakes take turns if many come together, with the loop's other work between them. A program or a library
+that calls asyncio's functions itself gets the same by running in an `EventLoop`.
 """
 
 from qkd_tls.aio.event_loop import EventLoop

@@ -13,7 +13,7 @@ __all__ = ["EventLoop"]
 
 
 class EventLoop(asyncio.SelectorEventLoop):
-    """An event loop that never waits for a KMS, no matter what calls its functions with a `QKDContext`.
+    """An event loop that never waits for a KMS, whichever code calls its functions with a `QKDContext`.
 
     For programs and libraries that are given a context and call asyncio themselves (aiohttp, uvicorn, hypercorn)::
 

@@ -20,7 +20,7 @@ __all__ = ["LoopDriver", "TransportDriver", "driving"]
 
 
 class LoopDriver(Driver, abc.ABC):
-    """Asks the key manager in another thread. The base of the drivers for transports and for sockets."""
+    """A driver that asks the key manager in another thread; the base of those for transports and sockets."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -29,7 +29,7 @@ class LoopDriver(Driver, abc.ABC):
         self._engine: EndpointEngine | None = None
 
     def claim(self) -> bool:
-        """Only the first connection: asyncio's callbacks go on in this context for ever."""
+        """Return True for the first connection only: asyncio's callbacks run in this context for ever."""
         first, self._claimed = not self._claimed, True
         return first
 
@@ -42,7 +42,7 @@ class LoopDriver(Driver, abc.ABC):
         self._engine = None
 
     def give_up(self) -> None:
-        """The handshake will not go on: wipe what was to be used, and keys that are still to come."""
+        """End the handshake for good: wipe its secrets, and keys that are still to come."""
         if self._engine is not None:
             self._engine.abort()
 
@@ -65,15 +65,15 @@ class LoopDriver(Driver, abc.ABC):
 
     @abc.abstractmethod
     def _go_on(self) -> None:
-        """Go on with the handshake, which has what it waited for."""
+        """Go on with the handshake: the key manager has answered."""
 
     @abc.abstractmethod
     def _fail(self, error: Exception) -> None:
-        """End the handshake with an error that TLS does not know."""
+        """End the handshake with an error that is not one of TLS."""
 
 
 class TransportDriver(LoopDriver):
-    """Keeps the handshake of a `QKDObject` going, which one of asyncio's transports runs."""
+    """The driver of a `QKDObject`'s handshake, which one of asyncio's transports runs."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> None:
         super().__init__(loop)
@@ -83,7 +83,7 @@ class TransportDriver(LoopDriver):
         self.server_port = peer[1] if isinstance(peer, tuple) else None
 
     def take_turn(self) -> None:
-        """Wait for its turn, with the transport."""
+        """Wait for the handshake's turn, with the transport paused."""
         if self._on:
             return
         # The end of the stream must not overtake what came before it.
@@ -94,7 +94,7 @@ class TransportDriver(LoopDriver):
         raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (waiting for its turn)")
 
     def take_last_words(self, outgoing: ssl.MemoryBIO) -> None:
-        """Send them: asyncio drops what a failed handshake still has to say."""
+        """Send the last bytes of a failed handshake, which asyncio would drop."""
         self._transport.write(outgoing.read())  # type: ignore[attr-defined]
 
     def _take_turn(self) -> None:
@@ -128,7 +128,7 @@ class TransportDriver(LoopDriver):
 
 @contextlib.contextmanager
 def driving(loop: asyncio.AbstractEventLoop, transport: asyncio.BaseTransport) -> Iterator[None]:
-    """The connection that is made meanwhile, on this transport, has a driver of its own."""
+    """Give a driver of its own to the connection that is made in the block, on this transport."""
     driver = TransportDriver(loop, transport)
     token = driver_in_charge.set(driver)
     try:

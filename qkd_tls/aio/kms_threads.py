@@ -1,4 +1,4 @@
-"""A key manager is called in a thread of its own, and its answer is delivered in the loop."""
+"""Threads for calls of a key manager, whose answers are delivered in the loop."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qkd_tls.endpoint import KeyRequest, fetch_keys
 __all__ = ["MAX_KMS_REQUESTS", "FetchResult", "ask_in_thread"]
 
 MAX_KMS_REQUESTS: Final = 64
-"""Requests to key managers under way at once in this process, each in a thread of its own; further ones wait."""
+"""Requests to key managers under way at once in this process, each in its own thread; further ones wait."""
 
 FetchResult: TypeAlias = list[QKDKey] | KMSError
-"""What `fetch_keys` returns."""
+"""The result of `fetch_keys`."""
 
 _log: Final = logging.getLogger("qkd_tls")
 
@@ -36,7 +36,7 @@ class _Threads:
         self.executor = None
 
     def submit(self, request: KeyRequest, manager: KeyManager) -> Future[FetchResult]:
-        """Call the key manager."""
+        """Call the key manager in a thread."""
         if self.executor is None:
             self.executor = ThreadPoolExecutor(MAX_KMS_REQUESTS, thread_name_prefix="qkd-tls-kms")
         return self.executor.submit(_fetch, request, manager)
@@ -51,7 +51,7 @@ def ask_in_thread(
     request: KeyRequest,
     deliver: Callable[[FetchResult], None],
 ) -> None:
-    """Call the key manager; `deliver` is called in the loop. If the loop is closed by then, the keys are wiped."""
+    """Call the key manager in a thread, then `deliver` in the loop; wipe the keys if the loop is closed."""
 
     def hand_over(done: Future[FetchResult]) -> None:
         result = done.result()

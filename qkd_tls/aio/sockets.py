@@ -26,12 +26,12 @@ async def wrap_socket(
     """Take over a connected TCP socket and shake hands; for programs that move the data themselves.
 
     Args:
-        handshake_timeout: seconds for the whole handshake, the KMS included.
+        handshake_timeout: seconds for the whole handshake, including the KMS.
 
     Returns:
         A non-blocking socket, for `loop.add_reader` and `loop.add_writer`. Mind its `pending()`.
 
-    Raises the errors of `QKDContext.wrap_socket`; the socket is closed then.
+    Raises the errors of `QKDContext.wrap_socket`; the socket is then closed.
     """
     loop = asyncio.get_running_loop()
     sock.setblocking(False)
@@ -56,7 +56,7 @@ async def wrap_socket(
 
 
 class _SocketDriver(LoopDriver):
-    """Keeps the handshake of a `QKDSocket` going, whose file descriptor the loop watches."""
+    """The driver of a `QKDSocket`'s handshake; the loop watches the file descriptor."""
 
     _waiting: asyncio.Future[None]
 

@@ -1,4 +1,4 @@
-"""asyncio's streams over hybrid connections."""
+"""Streams of asyncio over hybrid connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def open_connection(
     limit: int = _LIMIT,
     **options: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """As `asyncio.open_connection`; `limit` in bytes, `options` are those of `create_connection`."""
+    """Connect like `asyncio.open_connection`; `limit` in bytes, `options` as for `create_connection`."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     transport, protocol = await create_connection(
@@ -41,7 +41,7 @@ async def start_server(
     limit: int = _LIMIT,
     **options: Any,
 ) -> asyncio.Server:
-    """As `asyncio.start_server`; `limit` in bytes, `options` are those of `create_server`."""
+    """Listen like `asyncio.start_server`; `limit` in bytes, `options` are those of `create_server`."""
     loop = asyncio.get_running_loop()
 
     def factory() -> asyncio.StreamReaderProtocol:
@@ -58,6 +58,6 @@ async def upgrade_streams(
     server_hostname: str | None = None,
     **timeouts: Any,
 ) -> None:
-    """As `StreamWriter.start_tls`: the streams of a plain connection go on over TLS (STARTTLS)."""
+    """Put a plain connection's streams on TLS (STARTTLS), like `StreamWriter.start_tls`."""
     with driving(asyncio.get_running_loop(), writer.transport):
         await writer.start_tls(sslcontext, server_hostname=server_hostname, **timeouts)

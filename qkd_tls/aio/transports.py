@@ -1,4 +1,4 @@
-"""asyncio's transports and protocols over hybrid connections."""
+"""Transports and protocols of asyncio over hybrid connections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log: Final = logging.getLogger("qkd_tls")
 
 
 class Gate(asyncio.Protocol):
-    """Stands in for the application's protocol until TLS is there, and keeps what comes before it is connected."""
+    """A stand-in for the application's protocol until TLS is established; it keeps early data and events."""
 
     def __init__(self) -> None:
         self._early = bytearray()
@@ -32,15 +32,15 @@ class Gate(asyncio.Protocol):
         transport.pause_reading()  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
-        """Keep it."""
+        """Keep the data."""
         self._early += data
 
     def eof_received(self) -> None:
-        """Remember it."""
+        """Remember the end of the stream."""
         self._ended = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Remember it."""
+        """Remember the loss of the connection."""
         self._lost = (exc,)
 
     def open(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol) -> None:
@@ -80,7 +80,7 @@ class Incoming(Gate):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Shake hands."""
+        """Start the handshake."""
         super().connection_made(transport)
         self._task = asyncio.get_running_loop().create_task(self._upgrade(transport))
 
@@ -118,7 +118,7 @@ async def start_tls(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
 ) -> asyncio.Transport:
-    """As `loop.start_tls`; raises what `QKDContext.wrap_socket` raises."""
+    """Start TLS like `loop.start_tls`; raise the same errors as `QKDContext.wrap_socket`."""
     loop = asyncio.get_running_loop()
     with driving(loop, transport):
         upgraded = await loop.start_tls(
@@ -147,7 +147,7 @@ async def create_connection(
     ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> tuple[asyncio.Transport, _Protocol]:
-    """As `loop.create_connection`; `tcp` are its other keyword arguments (`sock`, `family`, `local_addr`...).
+    """Connect like `loop.create_connection`; `tcp` are its other arguments (`sock`, `family`, ...).
 
     `transport.get_extra_info("ssl_object").qkd` says what protects the connection.
     """
@@ -203,9 +203,10 @@ async def create_server(
     ssl_shutdown_timeout: float | None = None,
     **tcp: Any,
 ) -> asyncio.Server:
-    """As `loop.create_server`; `tcp` are its other keyword arguments.
+    """Listen like `loop.create_server`; `tcp` are its other keyword arguments.
 
-    A handshake that fails for want of a QKD key is logged as a warning to the logger "qkd_tls", others as debug.
+    A handshake that fails for want of a QKD key is logged as a warning to the logger "qkd_tls", other
+    failures as debug.
     """
     return await asyncio.get_running_loop().create_server(
         lambda: Incoming(

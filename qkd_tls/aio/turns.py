@@ -1,4 +1,4 @@
-"""The handshakes of one loop take turns: asyncio does everything that is ready before it looks at anything else."""
+"""Turns for the handshakes of one loop: asyncio runs everything that is ready before it looks further."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Turns:
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> Turns:
-        """Those of this loop."""
+        """Return the turns of this loop."""
         return _turns.setdefault(loop, cls())
 
     def queue(self, work: Callable[[], object] | asyncio.Future[None]) -> None:
-        """Do this when its turn comes; it must not raise."""
+        """Run `work` when its turn comes; it must not raise."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._take)
         self._waiting.append(work)

@@ -1,4 +1,4 @@
-"""`qkd-tls completion`: prints a completion script for a shell."""
+"""The command `qkd-tls completion`: prints a completion script for a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qkd-tls connect`: a connection by hand, like `openssl s_client`."""
+"""The command `qkd-tls connect`: a connection by hand, like `openssl s_client`."""
 
 from __future__ import annotations
 

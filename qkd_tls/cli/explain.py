@@ -1,4 +1,4 @@
-"""`qkd-tls explain`: a picture of what protected a connection."""
+"""The command `qkd-tls explain`: a picture of what protected a connection."""
 
 from __future__ import annotations
 

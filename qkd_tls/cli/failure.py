@@ -1,4 +1,4 @@
-"""What a command says, and the exit code it ends with, where something went wrong."""
+"""Error messages and exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["CommandError", "ExitCode", "Failure", "explain_error"]
 
 
 class ExitCode(enum.IntEnum):
-    """How every command ends."""
+    """The exit codes of every command."""
 
     OK = 0
-    """Done."""
+    """Success."""
     CONNECTION = 1
     """No connection, TLS failed, or the connection broke."""
     USAGE = 2
     """Wrong options, environment variables, configuration or files."""
     QKD = 3
-    """No QKD key, different keys at both ends, or qkd-tls/1 broken by the peer."""
+    """No QKD key, different keys at both ends, or a peer that broke qkd-tls/1."""
     CERTIFICATE = 4
-    """A certificate was refused, or is missing."""
+    """A certificate was refused or is missing."""
     INTERRUPTED = 130
     """Ended by Ctrl-C."""
 
 
 class CommandError(Exception):
-    """A command cannot go on; `hint` says what to do."""
+    """A command that cannot go on; `hint` says what to do."""
 
     def __init__(self, message: str, *, hint: str, code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What is said about an exception."""
+    """The message, hint and exit code for an exception."""
 
     kind: str
     message: str
@@ -52,7 +52,7 @@ class Failure:
     code: ExitCode
 
     def as_dict(self) -> dict[str, Any]:
-        """The member `error` of a command's JSON."""
+        """Return the member `error` of a command's JSON."""
         return {"type": self.kind, "message": self.message, "hint": self.hint, "exit_code": int(self.code)}
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ _CERTIFICATE_HINTS: Final = (
 
 
 def explain_error(error: BaseException) -> Failure | None:
-    """What to say about an exception that had to be expected; None for a mistake in this program."""
+    """Return the message for an expected exception; None for a mistake in this program."""
     cause = _root(error)
     kind = type(cause).__name__
     if isinstance(cause, CommandError):
@@ -127,7 +127,7 @@ def _system_failure(error: OSError, kind: str) -> Failure:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The error that says most: `requests` and `urllib3` put others around it."""
+    """Return the error that says most: `requests` and `urllib3` put others around it."""
     if isinstance(error, CommandError | QKDError | KMSError):
         return error
     links = list(_links(error))

@@ -1,4 +1,4 @@
-"""`qkd-tls get`: an HTTPS request over a hybrid connection."""
+"""The command `qkd-tls get`: an HTTPS request over a hybrid connection."""
 
 from __future__ import annotations
 

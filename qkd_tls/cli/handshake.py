@@ -1,4 +1,4 @@
-"""Shows a handshake while it happens: a line for each step of the engine and for each question to the KME."""
+"""A handshake shown while it happens: a line for each step of the engine and for each request to the KME."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _TEXTS: Final[dict[tuple[State, Event], str]] = {
 
 
 def describe_step(step: Step) -> str:
-    """A step of the engine in plain words, on one line."""
+    """Describe a step of the engine in plain words, on one line."""
     text = _TEXTS.get((step.before, step.event))
     # A later version's steps are better shown in the engine's own words than not at all.
     return f"{step.event.value}: {step.after.value}" if text is None else text
@@ -81,14 +81,14 @@ def describe_step(step: Step) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """One thing that happened: when, in milliseconds since the start; with whom ("TCP", "TLS", "KME"); what."""
+    """An event: milliseconds since the start, the layer ("TCP", "TLS" or "KME"), and a text."""
 
     milliseconds: float
     what: str
     text: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the JSON."""
+        """Return the entry's members in the JSON."""
         return {"milliseconds": round(self.milliseconds, 3), "what": self.what, "text": self.text}
 
     def __str__(self) -> str:
@@ -97,36 +97,36 @@ class TimelineEntry:
 
 @dataclass(slots=True)
 class Handshake:
-    """What happened in one handshake so far. `show` is called with each line, in the handshake's thread."""
+    """The events of one handshake so far. `show` is called with each line, in the handshake's thread."""
 
     show: Callable[[TimelineEntry], None]
     start: float = field(default_factory=time.perf_counter)
-    """On `time.perf_counter`."""
+    """The start on `time.perf_counter`."""
     lines: list[TimelineEntry] = field(default_factory=list)
     kme_milliseconds: float = 0.0
-    """Of waiting for this side's KME."""
+    """Milliseconds spent waiting for this side's KME."""
 
     @property
     def milliseconds(self) -> float:
-        """Since the start."""
+        """Milliseconds since the start."""
         return 1000 * (time.perf_counter() - self.start)
 
     def add(self, what: str, text: str) -> None:
-        """Note what happened now."""
+        """Note an event that happens now."""
         line = TimelineEntry(self.milliseconds, what, printable(text))
         self.lines.append(line)
         self.show(line)
 
 
 class Watch:
-    """Hears of all handshakes of a context; those in a thread that has called `of` are noted there."""
+    """An observer of all handshakes of a context; it notes those in a thread that has called `of`."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     @contextlib.contextmanager
     def of(self, handshake: Handshake) -> Iterator[None]:
-        """What this thread does within the block belongs to this handshake."""
+        """Note this thread's events within the block under this handshake."""
         self._local.handshake = handshake
         try:
             yield
@@ -135,21 +135,21 @@ class Watch:
 
     @property
     def current(self) -> Handshake | None:
-        """This thread's handshake."""
+        """The handshake of this thread."""
         return getattr(self._local, "handshake", None)
 
     def step(self, step: Step) -> None:
-        """For `QKDContext.observer`."""
+        """Note a step; for `QKDContext.observer`."""
         if self.current is not None:
             self.current.add("TLS", describe_step(step))
 
     def manager(self, manager: KeyManager) -> KeyManager:
-        """The same key manager, watched."""
+        """Return the same key manager, watched."""
         return _WatchedManager(manager, self)
 
 
 class _WatchedManager:
-    """A key manager whose questions and answers are noted; never the keys."""
+    """A key manager whose requests and answers are noted; never the keys."""
 
     def __init__(self, manager: KeyManager, watch: Watch) -> None:
         self._manager, self._watch = manager, watch

@@ -1,4 +1,4 @@
-"""One client connection, shown while it is made; and the bytes that then go both ways."""
+"""A client connection that is shown while it is made, and the relay of its bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_connection_options(parser: ArgumentParser) -> None:
 def connect(
     context: QKDContext, watch: Watch, terminal: Terminal, target: tuple[str, int], arguments: Namespace
 ) -> Iterator[tuple[QKDSocket, ConnectionReport]]:
-    """A connection as the arguments say, and what protects it; closed at the end of the block."""
+    """Connect as the arguments say; yield the socket and its report, and close it at the end of the block."""
     name = arguments.server_name or target[0]
     peer = shown_address(target)
     terminal.note(f"{peer}" + (f", as {name}" if name != target[0] else ""))
@@ -71,10 +71,10 @@ def connect(
 
 
 def relay(sock: QKDSocket, idle: float | None) -> None:
-    """Standard input goes to the peer, what it sends to standard output, until the peer closes.
+    """Send standard input to the peer, and its data to standard output, until the peer closes.
 
-    The end of standard input closes this direction only. Raises TimeoutError after `idle` seconds without a byte either
-    way, and whatever ends the connection.
+    The end of standard input closes this direction only. Raises TimeoutError after `idle` seconds without a
+    byte in either direction, and the error that ends the connection.
     """
     sock.settimeout(idle)
     failures: list[OSError] = []
@@ -112,7 +112,7 @@ def relay(sock: QKDSocket, idle: float | None) -> None:
 
 
 def shown_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """HOST:PORT, with an IPv6 address in brackets."""
+    """Return HOST:PORT, with an IPv6 address in brackets."""
     # A socket for both families shows IPv4 addresses like this (RFC 4291 section 2.5.5.2).
     host = address[0].removeprefix("::ffff:")
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

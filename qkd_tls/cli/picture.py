@@ -1,4 +1,4 @@
-"""Draws what protected a connection, as text and as SVG: pure functions of a report."""
+"""A drawing of what protected a connection, as text and as SVG: pure functions of a report."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NATURES: Final = {
 
 
 def draw(report: ConnectionReport) -> list[str]:
-    """Lines of text with box-drawing characters, at most 100 characters wide."""
+    """Draw lines of text with box-drawing characters, at most 100 characters wide."""
     return [*_parties(report), "", *_secrets(report), "", *_paragraphs(report)]
 
 
 def _parties(report: ConnectionReport) -> list[str]:
-    """The two sides, their KMEs, and what is between them."""
+    """Draw the two sides, their KMEs, and the links between them."""
     client, server = _names(report)
     gap = _WIDTH - 2 * _BOX
     lines = []
@@ -51,7 +51,7 @@ def _parties(report: ConnectionReport) -> list[str]:
 
 
 def _names(report: ConnectionReport) -> tuple[list[str], list[str]]:
-    """What stands in the boxes of client and server."""
+    """Return the texts in the boxes of client and server."""
     qkd = report.qkd
     us, them = "this program", report.server_name or report.peer
     client = ["client", us if report.role == "client" else report.peer]
@@ -90,7 +90,7 @@ def _beside(left: list[str], right: list[str], line: str, gap: int) -> list[str]
 
 
 def _secrets(report: ConnectionReport) -> list[str]:
-    """The secrets, and what they are mixed into."""
+    """Draw the secrets, and what they are mixed into."""
     qkd = report.qkd
     names = secrets_of(qkd)
     rows = [(name, _nature(name)) for name in names]
@@ -112,7 +112,7 @@ def _nature(name: str) -> str:
 
 
 def _paragraphs(report: ConnectionReport) -> list[str]:
-    """In plain words."""
+    """Explain the connection in plain words."""
     lines: list[str] = []
     for title, texts in (
         ("Who authenticated whom", _authentication(report)),
@@ -169,7 +169,7 @@ def _key(report: ConnectionReport) -> list[str]:
 
 
 def attacker_needs(report: ConnectionReport) -> list[str]:
-    """One sentence for each way to attack the connection."""
+    """Return one sentence for each way to attack the connection."""
     qkd = report.qkd
     mathematics = [name.partition(" (")[0] for name in secrets_of(qkd) if name != "QKD key"]
     broken = " and ".join(mathematics)
@@ -198,7 +198,7 @@ def attacker_needs(report: ConnectionReport) -> list[str]:
 
 
 def draw_svg(report: ConnectionReport) -> str:
-    """The same as an SVG document of its own, in text of one width."""
+    """Draw the same as a self-contained SVG document, in a monospaced font."""
     lines = draw(report)
     height = 18 * len(lines) + 32
     rows = "\n".join(

@@ -1,4 +1,4 @@
-"""The program `qkd-tls`: its subcommands, and how each of them ends."""
+"""The program `qkd-tls`: its subcommands, and the way each of them ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _EXIT_CODES: Final = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     arguments.program = parser
@@ -60,7 +60,7 @@ def _failed(error: BaseException, arguments: Namespace, terminal: Terminal) -> i
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the reader of standard output has gone, as with `| head`; nobody is left to tell."""
+    """Return whether the reader of standard output has gone, as with `| head`: no message can reach it."""
     poll = select.poll()
     poll.register(_STDOUT, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -1,4 +1,4 @@
-"""`qkd-tls psk`: the PSK of one hybrid handshake, for a stock TLS program."""
+"""The command `qkd-tls psk`: the PSK of one hybrid handshake, for a stock TLS program."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _openssl(arguments: Namespace, exported: ExportedPSK) -> str | None:
 
 
 def _is_address(name: str) -> bool:
-    """An IP address is no server name (RFC 6066 section 3), and was none in the bootstrap."""
+    """Return whether the name is an IP address, which is never a server name (RFC 6066 section 3)."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

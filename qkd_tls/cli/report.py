@@ -1,4 +1,4 @@
-"""What protected a connection, as lines for people and as JSON."""
+"""The protection of a connection, as lines for people and as JSON."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qkd_tls.socket import QKDSocket
 __all__ = ["ML_KEM_OF_ASSOCIATION", "Certificate", "ConnectionReport", "secrets_of"]
 
 ML_KEM_OF_ASSOCIATION: Final = "ML-KEM (association)"
-"""A secret's name: where the connection's own group has no ML-KEM."""
+"""The name of the ML-KEM secret if the connection's own group has no ML-KEM."""
 
 _NOT_TEXT: Final = ("announced", "kms_round_trips")
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Names as RFC 4514 writes them; `not_after` in ISO 8601, UTC. An audit log has the subject only."""
+    """The names as in RFC 4514; `not_after` in ISO 8601, UTC. An audit log has the subject only."""
 
     subject: str
     issuer: str | None = None
@@ -34,7 +34,7 @@ class Certificate:
 
     @classmethod
     def from_der(cls, der: bytes) -> Self:
-        """OpenSSL takes some certificates that `cryptography` does not; the subject then says what is wrong."""
+        """Read a certificate; if `cryptography`, stricter than OpenSSL, cannot, the subject says why."""
         try:
             certificate = x509.load_der_x509_certificate(der)
         except ValueError as error:
@@ -52,7 +52,7 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionReport:
-    """One connection as one side saw it. Times in milliseconds."""
+    """One side's view of a connection. Times in milliseconds."""
 
     qkd: QKDInfo
     role: str = "client"
@@ -60,7 +60,7 @@ class ConnectionReport:
     server_name: str | None = None
     policy: str | None = None
     certificate: Certificate | None = None
-    """The peer's, as verified."""
+    """The peer's certificate, as verified."""
     own_certificate: bool = False
     milliseconds: float | None = None
     kme_milliseconds: float | None = None
@@ -68,7 +68,7 @@ class ConnectionReport:
 
     @classmethod
     def of(cls, sock: QKDSocket, peer: str, handshake: Handshake, *, own_certificate: bool) -> Self:
-        """Of a connection whose handshake is complete."""
+        """Report on a connection whose handshake is complete."""
         assert sock.qkd is not None
         context = sock.context
         der = sock.getpeercert(binary_form=True)
@@ -87,7 +87,7 @@ class ConnectionReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the JSON."""
+        """Return the report's members in the JSON."""
         return {
             "role": self.role,
             "peer": self.peer,
@@ -103,9 +103,9 @@ class ConnectionReport:
 
     @classmethod
     def from_dict(cls, record: Any) -> Self:
-        """Of the JSON of `connect`, `serve`, `get` or `explain`, or of a line of a tunnel's audit log.
+        """Read the JSON of `connect`, `serve`, `get` or `explain`, or a line of a tunnel's audit log.
 
-        Raises CommandError where it does not say what protected a connection.
+        Raises CommandError if the JSON does not say what protected a connection.
         """
         if isinstance(record, dict) and isinstance(connections := record.get("connections"), list):
             record = connections[-1] if connections else None
@@ -129,7 +129,7 @@ class ConnectionReport:
             raise _no_record(f"{type(error).__name__}: {error}") from None
 
     def lines(self) -> list[str]:
-        """The summary."""
+        """Return the summary."""
         qkd = self.qkd
         rows = [("protection", f"{qkd.protection}: {' + '.join(secrets_of(qkd))}")]
         if qkd.path is HandshakePath.BOOTSTRAP:
@@ -155,7 +155,7 @@ class ConnectionReport:
 
 
 def secrets_of(qkd: QKDInfo) -> list[str]:
-    """The secrets that the connection's keys are made of, by their names."""
+    """Return the names of the secrets that the connection's keys are made of."""
     secrets = [qkd.group]
     if qkd.group.startswith("X25519"):
         secrets = ["X25519"] + (["ML-KEM-768"] if qkd.group in ML_KEM_GROUPS else [])

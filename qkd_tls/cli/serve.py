@@ -1,4 +1,4 @@
-"""`qkd-tls serve`: a server by hand, like `openssl s_server`."""
+"""The command `qkd-tls serve`: a server by hand, like `openssl s_server`."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ class _Server:
     def __init__(self, context: QKDContext, watch: Watch, terminal: Terminal, arguments: Namespace) -> None:
         self._context, self._watch, self._terminal, self._arguments = context, watch, terminal, arguments
         self._code = ExitCode.OK
-        """Of the first connection that failed."""
+        """The exit code for the first connection that failed."""
 
     def serve(self, listening: socket.socket) -> ExitCode:
-        """Until the last connection has ended; each has a thread of its own."""
+        """Serve until the last connection has ended, each in its own thread."""
         if self._arguments.chat:
             self._connection(1, *listening.accept())
             return self._code
@@ -140,7 +140,7 @@ def _echo(sock: QKDSocket, _: ConnectionReport) -> None:
 
 
 def _web_page(sock: QKDSocket, own: ConnectionReport) -> None:
-    """One HTTP request, whichever, gets the page."""
+    """Answer one HTTP request, for any path, with the page."""
     request = b""
     while b"\r\n\r\n" not in request and len(request) < _LONGEST_REQUEST:
         data = sock.recv(_CHUNK)

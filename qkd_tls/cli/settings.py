@@ -1,4 +1,4 @@
-"""Makes a `QKDContext` of options and environment variables. Secrets come from files only."""
+"""Options and environment variables that make a `QKDContext`. Secrets come from files only."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def open_context(
     server_side: bool = False,
     watched: Callable[[KeyManager], KeyManager] = lambda manager: manager,
 ) -> Iterator[QKDContext]:
-    """The context that the options ask for; its key manager, if any, is closed at the end.
+    """Make the context that the options ask for; at the end, close its key manager, if any.
 
-    `watched` may put something around the key manager. Raises CommandError where the options do not do.
+    `watched` may wrap the key manager. Raises CommandError if the options are wrong.
     """
     with contextlib.ExitStack() as stack:
         with _usage_errors():
@@ -102,7 +102,7 @@ def open_context(
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """What is wrong before any connection is made is wrong with the options or the files they name."""
+    """Turn errors before the first connection into errors of the options or the files they name."""
     try:
         yield
     except KMSError as error:
@@ -173,7 +173,7 @@ def _context(
 
 
 def address(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
-    """HOST:PORT, with an IPv6 address in brackets; for argparse."""
+    """Parse HOST:PORT, with an IPv6 address in brackets; for argparse."""
     host, separator, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not separator or not host or not port.isascii() or not port.isdigit():
@@ -184,7 +184,7 @@ def address(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
 
 
 def seconds(text: str) -> float:
-    """A positive number of seconds; for argparse."""
+    """Parse a positive number of seconds; for argparse."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1e9:
             return float(text)
@@ -192,7 +192,7 @@ def seconds(text: str) -> float:
 
 
 def alpn_names(text: str) -> list[str]:
-    """Names of application protocols, with commas between (RFC 7301); for argparse."""
+    """Parse names of application protocols, separated by commas (RFC 7301); for argparse."""
     names = [name for name in text.split(",") if name]
     if not all(name.isascii() and len(name) <= 255 for name in names) or ALPN_PROTOCOL in names:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of application protocols")

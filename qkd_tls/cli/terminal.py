@@ -1,4 +1,4 @@
-"""Where a command writes: lines for people on one stream, one JSON object on another."""
+"""The output of a command: lines for people on one stream, one JSON object on another."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Terminal", "add_output_options", "printable"]
 
 
 class Terminal:
-    """What one command says.
+    """The output of one command.
 
-    `data_on_stdout` is for commands whose standard output is the peer's data: everything else, JSON included, then
-    goes to standard error. With `as_json` nothing but the JSON is said. Safe for threads.
+    `data_on_stdout` is for commands whose standard output is the peer's data: everything else, including
+    JSON, then goes to standard error. With `as_json`, only the JSON is written. Safe for threads.
     """
 
     def __init__(self, *, as_json: bool, quiet: bool, data_on_stdout: bool = False) -> None:
@@ -24,7 +24,7 @@ class Terminal:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Terminal:
-        """As the options of `add_output_options` say."""
+        """Make the terminal that the options of `add_output_options` ask for."""
         return cls(
             as_json=getattr(arguments, "json", False),
             quiet=getattr(arguments, "quiet", False),
@@ -32,27 +32,27 @@ class Terminal:
         )
 
     def note(self, text: str = "") -> None:
-        """Something to know, on standard error; nothing with --quiet or --json."""
+        """Write a note to standard error; write nothing with --quiet or --json."""
         if not self._quiet and not self.as_json:
             self._write(text, sys.stderr)
 
     def result(self, text: str) -> None:
-        """What the command is for, on standard output."""
+        """Write a result to standard output."""
         if not self.as_json:
             self._write(text, sys.stdout)
 
     def record(self, record: dict[str, Any]) -> None:
-        """The result as one line of JSON, with --json only."""
+        """Write the result as one line of JSON, with --json only."""
         if self.as_json:
             self._write(json.dumps(record), sys.stderr if self._data_on_stdout else sys.stdout)
 
     def warning(self, text: str) -> None:
-        """A warning for people; with --json the record says the same."""
+        """Write a warning for people; with --json the record says the same."""
         if not self.as_json:
             self._write(f"warning: {printable(text)}", sys.stderr)
 
     def failed(self, text: str) -> None:
-        """An error for people: also with --quiet."""
+        """Write an error for people, also with --quiet."""
         if not self.as_json:
             self._write(text, sys.stderr)
 
@@ -72,5 +72,5 @@ def add_output_options(parser: argparse.ArgumentParser, *, data_on_stdout: bool 
 
 
 def printable(text: str) -> str:
-    """On one line and without characters that would command a terminal: peers and KMEs choose some of our text."""
+    """Replace characters that end a line or command a terminal: peers and KMEs choose some of the text."""
     return "".join(character if character.isprintable() else "?" for character in text)

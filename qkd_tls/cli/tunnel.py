@@ -1,4 +1,4 @@
-"""`qkd-tls tunnel`: a forwarder for programs that cannot be given a context."""
+"""The command `qkd-tls tunnel`: a forwarder for programs that cannot be given a context."""
 
 from __future__ import annotations
 

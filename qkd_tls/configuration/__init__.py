@@ -1,4 +1,4 @@
-"""Configuration files: `tables` reads TOML; `key_managers` and `contexts` say what the tables mean."""
+"""Configuration files: `tables` reads TOML; `key_managers` and `contexts` interpret the tables."""
 
 from qkd_tls.configuration.contexts import Role, Sections, TLSFiles, load_context
 from qkd_tls.configuration.key_managers import (

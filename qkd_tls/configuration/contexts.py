@@ -1,4 +1,4 @@
-"""What the tables `[tls.NAME]` and `[peers]` mean: TLS contexts.
+"""The tables `[tls.NAME]` and `[peers]`, which make TLS contexts.
 
 `QKDContext.from_config` and the tunnel both read their files with this module.
 """
@@ -32,21 +32,21 @@ _CERTIFICATE: Final = re.compile(rb"-----BEGIN (TRUSTED )?CERTIFICATE-----")
 
 @dataclass(frozen=True, kw_only=True)
 class TLSFiles:
-    """A table `[tls.NAME]`: what a `QKDContext` is made of, for a client or for a server."""
+    """A table `[tls.NAME]`: the settings of a `QKDContext` for a client or a server."""
 
     table: Table = field(repr=False, compare=False)
-    """For messages."""
+    """The table, for messages."""
     server_side: bool
     certificate: Path | None
     key: Path | None
     key_password_file: Path | None
     ca: Path | None
-    """None: the system's."""
+    """The file of CA certificates; None for the system's."""
     crl: Path | None
     verify: ssl.VerifyMode
     alpn: tuple[str, ...] | None
     source: KeyManagerSettings | None
-    """None: no QKD keys, under policy off."""
+    """The source of keys; None under policy off: no QKD keys."""
     policy: Policy
     qkd: tuple[tuple[str, Any], ...]
     """Further arguments of `QKDContext`."""
@@ -60,12 +60,12 @@ class TLSFiles:
     def key_manager(
         self, around: Callable[[KMESettings, KeyManager], KeyManager] = lambda _, client: client
     ) -> KeyManager | None:
-        """A new key manager for the context; see `KeyManagerSettings.key_manager`. Raises ConfigError."""
+        """Make a new key manager; see `KeyManagerSettings.key_manager`. Raises ConfigError."""
         source = self.source
         return None if source is None else blaming(self.table, "kme", lambda: source.key_manager(around))
 
     def context(self, key_manager: KeyManager | None, kind: Callable[..., _Context]) -> _Context:
-        """A new context of this class. Raises ConfigError where the files or the groups do not do."""
+        """Make a new context of this class. Raises ConfigError if the files or the groups cannot be used."""
         blame = partial(blaming, self.table)
         context: _Context = blame(
             "groups",
@@ -103,7 +103,7 @@ class TLSFiles:
 
 
 class Sections:
-    """The tables of a file that make contexts. A `[kme.NAME]` is read when it is asked for, and once."""
+    """The tables of a file that make contexts. Each `[kme.NAME]` is read once, when a context needs it."""
 
     def __init__(self, top: Table) -> None:
         """Read `[pool]`, `[failover]` and `[peers]`. Raises ConfigError."""
@@ -117,12 +117,12 @@ class Sections:
         self._kmes: dict[str, KMESettings] = {}
 
     def check_kmes(self) -> None:
-        """Read all `[kme.NAME]`, also those that no context uses. Raises ConfigError."""
+        """Read all `[kme.NAME]`, including those that no context uses. Raises ConfigError."""
         for name in self._kme_tables:
             self._kme(name)
 
     def tls(self, name: str, role: Role | None = None) -> TLSFiles:
-        """Read `[tls.NAME]` for one side: the one that is asked for, or the one that the table names.
+        """Read `[tls.NAME]` for the given side, or for the side that the table names.
 
         Raises ConfigError.
         """
@@ -184,7 +184,7 @@ class Sections:
         )
 
     def _take_qkd(self, table: Table, server_side: bool) -> Iterator[tuple[str, Any]]:
-        """Arguments of QKDContext beside key manager and policy; only those of this side are known."""
+        """Yield the arguments of QKDContext beside key manager and policy; only this side's are known."""
         yield "allowed_peer_sae_ids", take_sae_ids(table, "allowed_peer_sae_ids")
         yield "groups", table.take_list("groups", ("X25519MLKEM768",))
         yield "association_lifetime", table.take_int("association_lifetime", 3600, 1, 10_000_000)
@@ -202,7 +202,7 @@ class Sections:
 
 
 def load_context(kind: Callable[..., _Context], file: Path, table: str | None, role: Role | None) -> _Context:
-    """A context of this class from a file; see `QKDContext.from_config`."""
+    """Make a context of this class from a file; see `QKDContext.from_config`."""
     top = read_file(file)
     sections = Sections(top)
     top.finish()

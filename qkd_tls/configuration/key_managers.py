@@ -1,4 +1,4 @@
-"""What the tables `[kme.NAME]`, `[failover]` and `[pool]` mean: where a context's keys come from."""
+"""The tables `[kme.NAME]`, `[failover]` and `[pool]`: the sources of a context's keys."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class KMESettings:
     connect_timeout: float = 3.0
     read_timeout: float = 5.0
     key_size: int = 256
-    """Bits."""
+    """Bits of a key."""
     master_in_key_ids: bool = False
     site: tuple[str, ...] = ()
     """Networks that the KME may be in, beside this host."""
     this_host: bool = True
-    """Whether this host is inside the secure site."""
+    """True if this host is inside the secure site."""
     peers: tuple[str, ...] | None = None
-    """SAE IDs that the KME has a link to, where several KMEs serve as one; None for all."""
+    """SAE IDs that the KME has a link to, if several KMEs serve as one; None for all."""
 
     @classmethod
     def take(cls, name: str, table: Table) -> KMESettings:
-        """Read a table; every mistake raises ConfigError, those that the client of a KME finds too."""
+        """Read a table. Raises ConfigError for every mistake, including those that the KME's client finds."""
         protocol = table.take_choice("protocol", PROTOCOLS, Etsi014Client.protocol)
         pkcs12 = table.take_secret_file("pkcs12", None)
         cert = table.take_file("cert", None)
@@ -97,7 +97,7 @@ class KMESettings:
         return settings
 
     def _check(self, table: Table) -> None:
-        """Let the client itself check what it is made of, piece by piece, to know which key of the file is wrong."""
+        """Let the client itself check its settings, piece by piece, to find the wrong key of the file."""
         trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
         def client(**settings: Any) -> None:
@@ -115,7 +115,7 @@ class KMESettings:
         return tuple(path for path in named if path is not None)
 
     def client(self) -> Etsi014Client | SkipClient:
-        """A new client of this KME, which is not contacted yet."""
+        """Make a new client of this KME, which is not contacted yet."""
         kind = (
             SkipClient
             if self.protocol == SkipClient.protocol
@@ -141,7 +141,7 @@ class KMESettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FailoverSettings:
-    """The table `[failover]`: how several KMEs serve as one; see `FailoverKeyManager`."""
+    """The table `[failover]`, for several KMEs that serve as one; see `FailoverKeyManager`."""
 
     protocol: str | None = None
     threshold: int = 3
@@ -150,7 +150,7 @@ class FailoverSettings:
 
     @classmethod
     def take(cls, table: Table) -> FailoverSettings:
-        """Read the table; raises ConfigError."""
+        """Read the table. Raises ConfigError."""
         settings = cls(
             protocol=table.take_choice("protocol", PROTOCOLS, None),
             threshold=table.take_int("threshold", 3, 1),
@@ -175,7 +175,7 @@ class PoolSettings:
 
     @classmethod
     def take(cls, table: Table) -> PoolSettings:
-        """Read the table; raises ConfigError."""
+        """Read the table. Raises ConfigError."""
         low_water = table.take_int("low_water", 4, 1)
         settings = cls(
             low_water=low_water,
@@ -192,10 +192,10 @@ class PoolSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyManagerSettings:
-    """Where a context's keys come from: a KME, or several as one, perhaps with keys fetched ahead."""
+    """The source of a context's keys: a KME, or several as one, perhaps with keys fetched ahead."""
 
     kmes: tuple[KMESettings, ...]
-    """The preferred one first."""
+    """The KMEs, the preferred one first."""
     failover: FailoverSettings
     pool: PoolSettings | None
 
@@ -207,9 +207,9 @@ class KeyManagerSettings:
     def key_manager(
         self, around: Callable[[KMESettings, KeyManager], KeyManager] = lambda _, client: client
     ) -> KeyManager:
-        """A new key manager; its `close` closes all of it. `around` may put something around each KME's client.
+        """Make a new key manager; its `close` closes all of it. `around` may wrap each KME's client.
 
-        Raises ValueError where the KMEs do not fit together.
+        Raises ValueError if the KMEs do not fit together.
         """
         members = [around(kme, kme.client()) for kme in self.kmes]
         try:

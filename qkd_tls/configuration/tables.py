@@ -1,7 +1,7 @@
 """Tables of a TOML file, read strictly.
 
-Every mistake is a `ConfigError` that names file, table and key. Unknown keys are mistakes: a misspelt limit must not be
-no limit. Secrets are never in the file itself, which names the files that they are in.
+Every mistake is a `ConfigError` that names file, table and key. Unknown keys are mistakes: a misspelt limit
+must not be ignored. Secrets are never in the file itself, which names the files that hold them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 __all__ = ["REQUIRED", "ConfigError", "Table", "read_file"]
 
 REQUIRED: Final[Any] = object()
-"""The default of a key that must be there."""
+"""The default of a required key."""
 _LONGEST: Final = 1e9
 """Seconds; about 31 years."""
 
@@ -25,8 +25,8 @@ _LONGEST: Final = 1e9
 class ConfigError(ValueError):
     """A configuration that cannot be used.
 
-    Attributes: ``file``; ``table`` (as it stands in the file, "" for the top); ``key`` ("" where the table itself is
-    meant); ``problem`` (what is wrong, and what would be right).
+    Attributes: ``file``; ``table`` (as it stands in the file, "" for the top); ``key`` ("" if the table
+    itself is meant); ``problem`` (the mistake and the correct form).
     """
 
     def __init__(self, file: Path, table: str, key: str, problem: str) -> None:
@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 
 class Table:
-    """One table of a file. Each `take_` method reads a key once; `finish` refuses those that nobody has read."""
+    """One table of a file. Each `take_` method reads a key once; `finish` refuses the unread ones."""
 
     def __init__(self, file: Path, name: str, content: Mapping[str, Any]) -> None:
         self.file, self.name = file, name
@@ -48,7 +48,7 @@ class Table:
         self._taken: dict[str, None] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
-        """An error about one key of this table; "" for the table."""
+        """Return an error about one key of this table; "" for the table."""
         return ConfigError(self.file, self.name, key, problem)
 
     def finish(self) -> None:
@@ -63,7 +63,7 @@ class Table:
         return key in self._content
 
     def __iter__(self) -> Iterator[str]:
-        """The keys, in their order in the file."""
+        """Iterate over the keys, in their order in the file."""
         return iter(self._content)
 
     # --- values
@@ -82,25 +82,25 @@ class Table:
         return value
 
     def take_text(self, key: str, default: Any = REQUIRED) -> Any:
-        """A non-empty string."""
+        """Return a non-empty string."""
         value = self._take(key, str, "a string", default)
         if value == "":
             raise self.error(key, "must not be empty")
         return value
 
     def take_bool(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return true or false."""
         return bool(self._take(key, bool, "true or false", default))
 
     def take_int(self, key: str, default: int, least: int = 0, most: int = 1_000_000) -> int:
-        """A whole number from `least` to `most`."""
+        """Return a whole number from `least` to `most`."""
         value: int = self._take(key, int, "a whole number", default)
         if not least <= value <= most:
             raise self.error(key, f"must be {least} to {most}, not {value}")
         return value
 
     def take_seconds(self, key: str, default: Any = REQUIRED, *, zero: bool = False) -> Any:
-        """A positive number of seconds; 0 too where that means something."""
+        """Return a positive number of seconds, or 0 if `zero` allows it."""
         value = self._take(key, (int, float), "a number of seconds", default)
         if value is None:
             return None
@@ -112,7 +112,7 @@ class Table:
         return seconds
 
     def take_list(self, key: str, default: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """A list of non-empty strings."""
+        """Return a list of non-empty strings."""
         value = self._take(key, list, "a list of strings", None)
         if value is None:
             return default
@@ -121,7 +121,7 @@ class Table:
         return tuple(value)
 
     def take_names(self, key: str, default: Any = REQUIRED) -> Any:
-        """One name, or a list of different ones; as a tuple."""
+        """Return one name, or a list of different ones, as a tuple."""
         if isinstance(self._content.get(key), str):
             return (self.take_text(key),)
         value = self._take(key, list, "a name or a list of names", default)
@@ -133,7 +133,7 @@ class Table:
         return names
 
     def take_choice(self, key: str, choices: tuple[str, ...], default: Any = REQUIRED) -> Any:
-        """One of a few words."""
+        """Return one of a few words."""
         value = self.take_text(key, default)
         if value is not default and value not in choices:
             raise self.error(key, f"must be {' or '.join(choices)}, not {value!r}")
@@ -142,11 +142,11 @@ class Table:
     # --- files
 
     def path(self, text: str) -> Path:
-        """A path as the file means it: relative to the folder that the file is in."""
+        """Return a path relative to the folder of the file."""
         return self.file.parent / text
 
     def take_file(self, key: str, default: Any = REQUIRED) -> Any:
-        """The path of a file that can be read."""
+        """Return the path of a file that can be read."""
         text = self.take_text(key, default)
         if text is None:
             return None
@@ -161,7 +161,7 @@ class Table:
         return path
 
     def take_secret_file(self, key: str, default: Any = REQUIRED) -> Any:
-        """The same for a file that only its owner (and group) may read."""
+        """Return the path of a file that only its owner (and group) may read."""
         if not isinstance(self._content.get(key, ""), str):
             # Not shown: it may be the secret itself, such as a password of digits.
             raise self.error(key, "must be a string, the path of a file")
@@ -176,7 +176,7 @@ class Table:
         return path
 
     def take_secret(self, key: str) -> str:
-        """A string, or `{ file = "PATH" }` of a secret file that holds it in one line. It is in no message."""
+        """Return a string, or the one line of a secret file `{ file = "PATH" }`. It is in no message."""
         value = self._content[key]
         if isinstance(value, dict):
             table = self.take_table(key)
@@ -192,12 +192,12 @@ class Table:
     # --- tables
 
     def take_table(self, key: str) -> Table:
-        """A table in this one; an empty one where it is missing."""
+        """Return a table in this one; an empty one if it is missing."""
         content = self._take(key, dict, "a table", {})
         return Table(self.file, f"[{self._dotted(key)}]", content)
 
     def take_tables(self, key: str) -> dict[str, Table]:
-        """The tables `[key.NAME]`, by name."""
+        """Return the tables `[key.NAME]`, by name."""
         tables = self._take(key, dict, f"tables [{key}.NAME]", {})
         for name, content in tables.items():
             if not isinstance(content, dict):
@@ -208,7 +208,7 @@ class Table:
         }
 
     def take_array(self, key: str) -> Iterator[Table]:
-        """The tables `[[key]]`, in order; each is called by its own `name` where it has one."""
+        """Yield the tables `[[key]]`, in order, each labelled with its own `name` or else its number."""
         tables = self._take(key, list, f"tables [[{key}]]", [])
         for number, content in enumerate(tables, 1):
             if not isinstance(content, dict):
@@ -222,7 +222,7 @@ class Table:
 
 
 def read_file(path: Path) -> Table:
-    """The file's top table. Raises ConfigError where it cannot be read or is not TOML."""
+    """Return the file's top table. Raises ConfigError if it cannot be read or is not TOML."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

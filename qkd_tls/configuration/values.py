@@ -1,4 +1,4 @@
-"""Values that several tables have, and which key of a file is to blame for an error."""
+"""Values that several tables have, and the blame of one key for an error."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qkd_tls.configuration.tables import Table
 __all__ = ["PROTOCOLS", "blaming", "take_sae_id", "take_sae_ids"]
 
 PROTOCOLS: Final = (Etsi014Client.protocol, SkipClient.protocol)
-"""The names of what KMEs speak."""
+"""The names of the protocols that KMEs speak."""
 
 _T = TypeVar("_T")
 _IN_C: Final = re.compile(r" \(_ssl\.c:\d+\)$")
 
 
 def blaming(table: Table, key: str, call: Callable[[], _T], *, path: Path | None = None) -> _T:
-    """Return what `call` gives; blame one key of the file, which perhaps names `path`, for an error in it.
+    """Return the result of `call`; blame one key of the file, which may name `path`, for an error in it.
 
     Raises ConfigError.
     """

@@ -1,4 +1,4 @@
-"""What `qkd-tls demo` does: a whole set-up on this machine, ten connections, and a KME that fails."""
+"""The demo of `qkd-tls demo`: a whole set-up on this machine, ten connections, and a KME that fails."""
 
 from qkd_tls.demo.story import run
 

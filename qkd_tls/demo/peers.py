@@ -1,6 +1,7 @@
 """The HTTPS server and the HTTPS client of the demo, each a process: `python -m qkd_tls.demo.peers server ...`.
 
-Each reports on standard output what protected its connections, in lines of JSON. Neither hears of the other's report.
+Each reports on standard output what protected its connections, in lines of JSON. Neither sees the other's
+report.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the report says it all."""
+        """Write nothing: the report says it all."""
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def _report(**values: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the two."""
+    """Run the server or the client."""
     parser = argparse.ArgumentParser(prog="python -m qkd_tls.demo.peers", description=__doc__)
     roles = parser.add_subparsers(required=True)
     common = argparse.ArgumentParser(add_help=False)

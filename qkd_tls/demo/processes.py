@@ -1,4 +1,4 @@
-"""Processes of the demo: started, heard and stopped by their own process IDs."""
+"""The processes of the demo, started, read and stopped by their own process IDs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _T = TypeVar("_T")
 
 
 class DemoError(Exception):
-    """The demo could not go on; the text says at what, and what the process concerned wrote last."""
+    """A demo that cannot go on; the text names the step and quotes the process's last output."""
 
 
 class Process:
-    """`python -m module arguments...`. It prints JSON, one object a line, into a file."""
+    """A process `python -m module arguments...`. It prints JSON, one object a line, into a file."""
 
     def __init__(self, name: str, directory: Path, module: str, *arguments: str) -> None:
         self.name = name
@@ -44,12 +44,12 @@ class Process:
 
     @property
     def reports(self) -> list[dict[str, Any]]:
-        """What it has printed so far."""
+        """The JSON objects printed so far."""
         lines = self._output.read_bytes().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def first_report(self) -> dict[str, Any]:
-        """Wait for what it prints when it is ready. Raises DemoError where it ends instead, or takes too long."""
+        """Wait for the first report. Raises DemoError if the process ends instead or takes too long."""
 
         def first() -> dict[str, Any] | None:
             ended = self._process.poll() is not None
@@ -61,7 +61,7 @@ class Process:
         return wait_for(f"{self.name} to start", first)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Wait until it ends; returns what it printed. Raises DemoError where it fails or takes too long."""
+        """Wait for its end; return its reports. Raises DemoError if it fails or takes too long."""
         try:
             code = self._process.wait(_START_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -71,7 +71,7 @@ class Process:
         return self.reports
 
     def stop(self) -> None:
-        """End it, if it still runs, and wait for its end."""
+        """End the process if it still runs, and wait for its end."""
         self._process.terminate()
         try:
             self._process.wait(_STOP_TIMEOUT)
@@ -85,14 +85,14 @@ class Process:
 
 
 class Processes:
-    """All processes of one run; those that still run at the end of a `with` block are stopped, the last one first."""
+    """All processes of one run; the end of a `with` block stops those that still run, last one first."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._started: list[Process] = []
 
     def start(self, name: str, module: str, *arguments: str) -> Process:
-        """Start a process; it writes to files called `name` in the directory."""
+        """Start a process that writes to files called `name` in the directory."""
         with _hold_signals():
             process = Process(name, self._directory, module, *arguments)
             self._started.append(process)
@@ -111,7 +111,7 @@ class Processes:
 
 @contextmanager
 def _hold_signals() -> Iterator[None]:
-    """What would end this program waits: a process that is just being started or stopped would be left behind."""
+    """Hold signals that would end this program and leave behind a process being started or stopped."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield
@@ -120,12 +120,12 @@ def _hold_signals() -> Iterator[None]:
 
 
 def _listen() -> None:
-    """In a new process, which inherits that its parent waits."""
+    """Unblock, in a new process, the signals that its parent holds."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def wait_for(what: str, attempt: Callable[[], _T | None]) -> _T:
-    """Try until it gives something. Raises DemoError after half a minute."""
+    """Try until a result is not None. Raises DemoError after half a minute."""
     deadline = time.monotonic() + _START_TIMEOUT
     while True:
         result = attempt()

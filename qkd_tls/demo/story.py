@@ -1,7 +1,7 @@
-"""The story that the demo tells, and the checks it makes.
+"""The story of the demo, and its checks.
 
-The two sides of an emulated QKD link with their KMEs, an HTTPS server and an HTTPS client run as processes of their
-own. What the two sides report separately is put side by side and checked.
+The two sides of an emulated QKD link with their KMEs, an HTTPS server and an HTTPS client run as processes of
+their own. The separate reports of the two sides are compared and checked.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _WIDTH: Final = 118
 
 
 def run(out: TextIO | None = None) -> int:
-    """Run the demo and write about it.
+    """Run the demo and describe it.
 
-    Returns the exit code: 0 only if everything was as it should be; 1 if not; 2 if the KME emulator is not installed.
+    Returns the exit code: 0 only if all checks passed; 1 if not; 2 if the KME emulator is not installed.
     """
     page = _Page(sys.stdout if out is None else out)
     try:
@@ -72,7 +72,7 @@ def run(out: TextIO | None = None) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """So that the processes are stopped also where this one is terminated or its terminal is closed."""
+    """Stop the processes even if this one is terminated or its terminal is closed."""
 
     def end(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -87,7 +87,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 @dataclass
 class _KME:
-    """One of the two, and how to start it again at the same place."""
+    """One of the two KMEs, and the arguments to start it again at the same place."""
 
     side: str
     arguments: tuple[str, ...]
@@ -186,7 +186,7 @@ class _Demo:
     def _client(
         self, kme: _KME, url: str, policy: Policy, number: int = 1, announced_keys: int = 0
     ) -> list[dict[str, Any]]:
-        """Run the client; what it reports of each request."""
+        """Run the client; return its report of each request."""
         self.runs += 1
         return self._start(
             f"HTTPS client {self.runs}",
@@ -200,7 +200,7 @@ class _Demo:
     # --- what should be
 
     def _link(self, kme_a: _KME, kme_b: _KME, seconds: float) -> None:
-        """How the link makes keys, from the figures of both sides."""
+        """Show how the link makes keys, from the figures of both sides."""
 
         def both() -> list[dict[str, Any]] | None:
             # Side B has stored a block a moment after side A has.
@@ -289,7 +289,7 @@ class _Demo:
 
 @dataclass(frozen=True)
 class _Row:
-    """One connection as both sides saw it."""
+    """One connection as seen by both sides."""
 
     number: str
     path: str
@@ -335,7 +335,7 @@ class _Row:
 
 
 class _Page:
-    """What the demo writes: plain text, with colour only for a terminal whose user has not said NO_COLOR."""
+    """The demo's output: plain text, with colour only for a terminal whose user has not set NO_COLOR."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -383,7 +383,7 @@ class _Page:
 
 
 def _figures(page: str) -> dict[str, Any]:
-    """What one side of the link shows to operators."""
+    """Return the figures that one side of the link shows to operators."""
     answer = requests.get(f"{page}figures", timeout=20)
     answer.raise_for_status()
     [side] = answer.json()["sides"]
@@ -402,7 +402,7 @@ def _shortened(key_id: str | None) -> str:
 
 
 def _in_short(text: str | None) -> str:
-    """An error's first sentence; what to do about it follows there."""
+    """Return an error's first sentence; the hint follows in the text."""
     return re.split(r"\.+ (?=[A-Z])", text)[0] if text else "nothing"
 
 

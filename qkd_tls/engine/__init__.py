@@ -9,13 +9,13 @@ An engine never reads a socket and never calls a KMS. It is fed bytes, gives byt
                 engine.receive_data(transport.receive())        # b"" at the end of the stream
             case FetchKeys() | FetchKeysByID() as fetch:
                 engine.keys(keys from the KMS, or the KMSError it raised)
-            case ChooseContext(name):                           # only where the configuration says so
+        case ChooseContext(name):                           # only if the configuration says so
                 engine.choose(the configuration for that name)
             case Established():
                 break
 
-`next_action` raises what ended the handshake: `ssl.SSLError` and its subclasses, the QKDErrors among them. Whatever
-`data_to_send` still gives then (an alert) is worth sending.
+`next_action` raises the error that ended the handshake: `ssl.SSLError` and its subclasses, including the
+QKDErrors. Any remaining output of `data_to_send` (an alert) is then worth sending.
 
 The state changes in one place only, `Engine._go`, and `TRANSITIONS` in `states.py` is all that it may do.
 """

@@ -1,4 +1,4 @@
-"""The part of an engine that both roles share: the transport's bytes, the state, the actions, the end."""
+"""The common part of both roles' engines: the transport's bytes, the state, the actions, the end."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ __all__ = ["ALPN_PROTOCOL", "NEVER_FALL_BACK", "NO_KMS", "Engine", "EngineConfig
 
 ALPN_PROTOCOL: Final = "qkd-tls/1"
 NO_KMS: Final = "none"
-"""The `kms` of an offer by which a client whose policy is `prefer` says that it has no key to offer."""
+"""The `kms` of an offer from a client with policy `prefer` that has no key to offer."""
 
 NEVER_FALL_BACK: Final = frozenset(
     {RejectCode.MALFORMED, RejectCode.KEM_REQUIRED, RejectCode.UNSUPPORTED_VERSION}
 )
-"""Reject codes that end the connection under every policy: no QKD cause, but a peer that is not understood."""
+"""Reject codes that end the connection under every policy: no QKD cause, the peer is not understood."""
 
 _NEED_DATA: Final = NeedData()
 _READ_SIZE: Final = 1 << 16
@@ -54,47 +54,47 @@ _MAX_KEY_BITS: Final = 8 * 0xFFFF
 
 @dataclass(slots=True, kw_only=True)
 class EngineConfig:
-    """What an engine has to know. `lifetime` in seconds, `clock` gives Unix seconds."""
+    """The settings of an engine. `lifetime` in seconds, `clock` gives Unix seconds."""
 
     context: TLSContext
     policy: Policy
     associations: AssociationStore
     kms: str = ""
-    """The KMS' name for people; empty where there is none."""
+    """The KMS' name for people; empty if there is none."""
     kms_protocol: str = ""
-    """Its name on the wire, e.g. "etsi-014"."""
+    """The KMS' name on the wire, e.g. "etsi-014"."""
     sae_id: str = ""
     allowed_peer_sae_ids: frozenset[str] | None = None
     """SAE IDs that keys may be shared with; None for any that the KMS allows."""
     alpn: tuple[str, ...] = ()
     kdf: KDF = KDF.SHA384
     kem: str | None = None
-    """Client: explicit KEM to add; where the group has no ML-KEM one is added anyway."""
+    """Client: explicit KEM to add; one is added anyway if the group has no ML-KEM."""
     announced_keys: int = 0
     """Client: keys to fetch at a bootstrap for later connections."""
     pipelined: bool = True
     lifetime: int = 3600
     max_keys: int = 64
-    """Server: keys it takes in one offer."""
+    """Server: the most keys it takes in one offer."""
     chooses_by_name: bool = False
     """Server: ask for the configuration once the server name is known (`ChooseContext`)."""
     observer: Callable[[Step], object] | None = None
-    """Called after each transition."""
+    """Function called after each transition."""
     clock: Callable[[], float] = field(default=time.time)
     uses_qkd: bool = field(init=False)
-    """Whether QKD keys are to be used at all."""
+    """True if QKD keys are to be used at all."""
 
     def __post_init__(self) -> None:
         self.uses_qkd = bool(self.kms) and self.policy is not Policy.OFF
 
 
 class Engine(abc.ABC):
-    """What both roles share: the transport's bytes, the actions, the end."""
+    """The common part of both roles: the transport's bytes, the actions, the end."""
 
     _role: ClassVar[str]
 
     _frames: control.FrameReader
-    """In a bootstrap."""
+    """The reader of control messages, in a bootstrap."""
 
     def __init__(self, config: EngineConfig, start: State) -> None:
         self._config = config
@@ -116,7 +116,7 @@ class Engine(abc.ABC):
 
     @property
     def state(self) -> State:
-        """Where the handshake stands."""
+        """The handshake's state."""
         return self._state
 
     @property
@@ -133,7 +133,7 @@ class Engine(abc.ABC):
         return self._tls.peer_certificate if self._tls is not None else None
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes from the transport; none at all mean that the peer has closed it."""
+        """Take bytes from the transport; empty means that the peer has closed it."""
         if self._error is not None:
             return
         if self._info is not None:
@@ -159,7 +159,7 @@ class Engine(abc.ABC):
         self._guard(self._go_on_with, result)
 
     def data_to_send(self) -> bytes:
-        """Bytes for the transport; empty where there are none."""
+        """Return bytes for the transport; empty if there are none."""
         if not self._out:
             return self._taken()
         self._collect()
@@ -168,7 +168,7 @@ class Engine(abc.ABC):
         return data
 
     def next_action(self) -> Action:
-        """What is needed next; raises the error that ended the handshake."""
+        """Return the next action; raise the error that ended the handshake."""
         if self._error is not None:
             raise self._error
         if self._info is not None:
@@ -176,7 +176,7 @@ class Engine(abc.ABC):
         return self._request or _NEED_DATA
 
     def abort(self) -> None:
-        """Give up (a deadline has passed, say): wipe what was to be used."""
+        """Give up, for instance after a deadline: wipe the handshake's secrets."""
         if self._info is None and self._error is None:
             self._guard(self._fail, ssl_error(ssl.SSLError, "the handshake was given up"))
 
@@ -199,7 +199,7 @@ class Engine(abc.ABC):
             self._clean_up()
 
     def _fail(self, error: Exception) -> NoReturn:
-        """End with a close_notify where there is a TLS connection to close."""
+        """End with a close_notify if there is a TLS connection to close."""
         if self._tls is not None:
             # In the middle of a handshake OpenSSL refuses; it has sent its own alert then.
             with contextlib.suppress(ssl.SSLError):
@@ -212,7 +212,7 @@ class Engine(abc.ABC):
             self._psk = None
 
     def _clean_up(self) -> None:
-        """After a failure: wipe what was to be used."""
+        """Wipe the handshake's secrets after a failure."""
         self._forget_psk()
         self._request = None
 
@@ -242,7 +242,7 @@ class Engine(abc.ABC):
         )
 
     def _checked(self, fetch: FetchKeys | FetchKeysByID, keys: list[QKDKey]) -> list[QKDKey] | KMSError:
-        """A KMS is not trusted to have done what it was asked."""
+        """Check that the KMS has done as asked; return the keys, or an error."""
         problem = _what_is_wrong(fetch, keys)
         if problem is None:
             return keys
@@ -257,7 +257,7 @@ class Engine(abc.ABC):
     # --- TLS
 
     def _feed_all(self) -> None:
-        """Give TLS all that has come: where no other connection follows on the transport before our next flight."""
+        """Give TLS all bytes so far, if no other connection can come before our next flight."""
         assert self._tls is not None
         self._tls.feed(self._records.take_all())
 
@@ -274,7 +274,7 @@ class Engine(abc.ABC):
     def _explained(self, error: ssl.SSLError) -> ssl.SSLError: ...
 
     def _mismatch(self, error: ssl.SSLError) -> QKDKeyMismatch | None:
-        """A binder that does not fit means that the two sides hold different keys for one key ID."""
+        """Return a mismatch if the binder is wrong: the two sides have different keys for one key ID."""
         if self._psk is None or error.reason not in ("BINDER_DOES_NOT_VERIFY", "TLSV1_ALERT_DECRYPT_ERROR"):
             return None
         kms = self._psk.kms or self._config.kms
@@ -288,7 +288,7 @@ class Engine(abc.ABC):
         )
 
     def _read_message(self) -> control.Message | None:
-        """The next control message; None where more bytes are needed. Nothing beyond it is fed to TLS."""
+        """Return the next control message; None if more bytes are needed. No byte beyond it is fed to TLS."""
         assert self._tls is not None
         while True:
             message = self._frames.next()
@@ -318,7 +318,7 @@ class Engine(abc.ABC):
         self._collect()
 
     def _exchange_over(self) -> None:
-        """After accept or reject no control byte may follow."""
+        """Check that no control byte follows accept or reject."""
         if self._frames.unread:
             raise self._malformed("bytes after the control exchange was over")
 
@@ -335,7 +335,7 @@ class Engine(abc.ABC):
         return bytearray(association_secret(exported, kem_secret))
 
     def _until(self, lifetime: int) -> float:
-        """When an association made now ends: at its lifetime's end, or the peer certificate's (Unix seconds)."""
+        """Return the end of an association made now: its lifetime's or the certificate's (Unix seconds)."""
         assert self._tls is not None
         ends = self._config.clock() + lifetime
         peer = self._tls.peer_certificate
@@ -381,7 +381,7 @@ class Engine(abc.ABC):
         self._forget_psk()
 
     def _no_qkd(self, why: str, *, hint: str, error: KMSError | None = None, code: str | None = None) -> None:
-        """There will be no QKD key on this connection: an error under `require`, a note under `prefer`."""
+        """Go on without a QKD key: raise an error under `require`, keep a note under `prefer`."""
         if self._config.policy is Policy.REQUIRE:
             self._fail(
                 QKDUnavailable(

@@ -32,7 +32,7 @@ class ClientEngine(Engine):
         server_port: int | None = None,
         server_sae_id: str | None = None,
     ) -> None:
-        """`server_hostname` is ASCII; where `server_sae_id` is not known, the server is asked."""
+        """Start the handshake. `server_hostname` is ASCII; without `server_sae_id`, the server is asked."""
         super().__init__(config, State.CLIENT_START)
         self._server_hostname = server_hostname
         self._server_port = server_port
@@ -48,7 +48,7 @@ class ClientEngine(Engine):
 
     @property
     def _scope(self) -> Hashable:
-        """What an association may be used for again: the same server, reached under the same conditions."""
+        """The conditions for using an association again: the same server, reached in the same way."""
         return (
             self._config.context.fingerprint,
             self._server_hostname,
@@ -78,7 +78,7 @@ class ClientEngine(Engine):
         return self._config.associations.by_scope(self._scope, self._config.clock())
 
     def _derive(self, association: Association | None, key: QKDKey, *, announced: bool = False) -> None:
-        """Make the PSK; an association that has ended meanwhile means a bootstrap, to which a fresh key is offered."""
+        """Make the PSK; if the association has ended meanwhile, offer the fresh key in a bootstrap."""
         if association is not None:
             try:
                 self._psk = association.psk(key, self._config.kdf, announced=announced)
@@ -214,7 +214,7 @@ class ClientEngine(Engine):
             self._start_hybrid(b"")
 
     def _start_hybrid(self, kem_secret: bytes) -> None:
-        """Derive everything and make the second ClientHello."""
+        """Derive all secrets and make the second ClientHello."""
         assert self._tls is not None and self._peer_sae_id is not None
         self._association = Association(
             secret=self._association_secret(kem_secret),

@@ -1,4 +1,4 @@
-"""What to do about a refusal, by its code or by OpenSSL's reason."""
+"""Hints for a refusal, by its code or by OpenSSL's reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CLIENT_HINTS", "CLIENT_PSK_HINTS", "REJECT_HINTS", "SERVER_HINTS", "
 
 
 def with_hint(error: ssl.SSLError, hint: str) -> ssl.SSLError:
-    """The same error, with the hint behind its text."""
+    """Return the same error, with the hint behind its text."""
     if not hint:
         return error
     explained = type(error)(error.args[0], f"{error.args[1]}: {hint}")

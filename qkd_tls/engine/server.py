@@ -112,7 +112,7 @@ class ServerEngine(Engine):
             self._start_handshake(Event.NO_KEY_NEEDED)
 
     def _look_for_identity(self, hello: ClientHello) -> None:
-        """Everything is checked before the KMS is asked: nobody without the association secret can make us ask."""
+        """Check all before the KMS is asked: only a holder of the association secret can cause a request."""
         try:
             (encoded,) = hello.psk_identities
             identity = PSKIdentity.parse(encoded)
@@ -246,7 +246,7 @@ class ServerEngine(Engine):
             self._reject(*objection)
 
     def _objection(self, offer: control.Offer) -> tuple[RejectCode, str] | None:
-        """What keeps us from asking our KMS, the worst first."""
+        """Return the reason not to ask our KMS, if any, the worst first."""
         assert self._tls is not None
         config = self._config
         if self._frames.unread:
@@ -373,11 +373,11 @@ _STEPS: Final[dict[State, Callable[[ServerEngine], None]]] = {
     State.SERVER_CONTROL: ServerEngine._read_control,
     State.SERVER_SKIP: ServerEngine._skip_hello,
 }
-"""What to do with bytes of the client. In the other states they wait."""
+"""The steps for bytes of the client. In the other states they wait."""
 
 
 def _is_stock(hello: ClientHello) -> bool:
-    """Whether it is in order, and without qkd-tls/1. What is broken or too old is for OpenSSL to name."""
+    """Return whether the hello is valid, without qkd-tls/1. OpenSSL names what is broken or too old."""
     with contextlib.suppress(ClientHelloError):
         return _TLS1_3 in hello.versions and _ALPN_PROTOCOL not in hello.alpn
     return False

@@ -1,4 +1,4 @@
-"""States, events, the one table of transitions, and what an engine asks its driver for."""
+"""States, events, the one table of transitions, and an engine's requests to its driver."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class State(enum.Enum):
-    """Where a handshake stands. The first part of a name says in which role."""
+    """The states of a handshake. The first part of a name is the role."""
 
     CLIENT_START = "client: nothing sent"
     CLIENT_KEY = "client: waits for its KMS, for an associated connection"
@@ -47,7 +47,7 @@ class State(enum.Enum):
 
 
 class Event(enum.Enum):
-    """What moves a handshake from state to state."""
+    """The events that move a handshake from state to state."""
 
     NO_KEY_NEEDED = "no association, or no KMS"
     KEY_AT_HAND = "association and key at hand"
@@ -107,12 +107,12 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.SERVER_OFFER_KEYS, Event.REJECT_PIPELINED): State.SERVER_SKIP,
     (State.SERVER_SKIP, Event.SKIPPED): State.ESTABLISHED,
 }
-"""All transitions. Beside them, an error leads from every state but ESTABLISHED to FAILED."""
+"""All transitions. In addition, an error leads from every state but ESTABLISHED to FAILED."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One transition, for those who watch. `role` is "client" or "server"."""
+    """One transition, for observers. `role` is "client" or "server"."""
 
     role: str
     before: State
@@ -122,7 +122,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class NeedData:
-    """Send what there is to send, then feed what the transport receives."""
+    """Send the engine's data, then feed it the transport's data."""
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ class FetchKeysByID:
 
 @dataclass(frozen=True, slots=True)
 class ChooseContext:
-    """Server: which settings to go on with, now that the server name (RFC 6066 3) is known, or that there is none."""
+    """Server: choose the settings to go on with, now that the server name (RFC 6066 3) is known or absent."""
 
     server_name: str | None
 

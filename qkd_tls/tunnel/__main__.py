@@ -1,4 +1,4 @@
-"""`python -m qkd_tls.tunnel CONFIG` serves the tunnels of a configuration file."""
+"""The command `python -m qkd_tls.tunnel CONFIG`, which serves the tunnels of a configuration file."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Addresses as a configuration writes them: HOST:PORT, unix:PATH, systemd:NAME."""
+"""Addresses of a configuration file: HOST:PORT, unix:PATH, systemd:NAME."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TCP:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine is meant."""
+        """True if only this machine is meant."""
         if self.host == "localhost":
             return True
         with contextlib.suppress(ValueError):
@@ -47,7 +47,7 @@ class Unix:
 
 @dataclass(frozen=True)
 class Activated:
-    """Sockets that systemd has opened: those of this name (`FileDescriptorName=`)."""
+    """The sockets of this name that systemd has opened (`FileDescriptorName=`)."""
 
     name: str
 
@@ -59,7 +59,7 @@ Address: TypeAlias = TCP | Unix | Activated
 
 
 def parse(text: str, folder: Path) -> Address:
-    """An address; Unix paths are relative to `folder`. Raises ValueError."""
+    """Parse an address; Unix paths are relative to `folder`. Raises ValueError."""
     if text.startswith("unix:"):
         path = folder / text.removeprefix("unix:")
         # sun_path has 108 bytes on Linux, a final zero included.
@@ -78,7 +78,7 @@ def parse(text: str, folder: Path) -> Address:
 
 
 def shown(sock: socket.socket, address: Any) -> str:
-    """The peer's address for people and logs."""
+    """Return the peer's address for people and logs."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{address}" if address else "unix:"
     return str(TCP(address[0], address[1]))

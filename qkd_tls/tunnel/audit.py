@@ -1,4 +1,4 @@
-"""One line of JSON for each connection, to a file or to stderr. Never a key."""
+"""The audit log: one line of JSON for each connection, to a file or to stderr. Never a key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["AuditLog"]
 
 
 class AuditLog:
-    """Appends records to a file, to stderr, or nowhere. Raises OSError where the file cannot be opened."""
+    """A log in a file, on stderr, or off. Raises OSError if the file cannot be opened."""
 
     def __init__(self, target: Path | Literal["stderr", "off"]) -> None:
         self._target = target
@@ -21,7 +21,7 @@ class AuditLog:
             self._fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; raises OSError where it cannot be written."""
+        """Append one record; raise OSError if it cannot be written."""
         if self._target == "off":
             return
         line = json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n"

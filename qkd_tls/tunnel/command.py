@@ -1,4 +1,4 @@
-"""What the command line calls."""
+"""The functions that the command line calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["check", "run"]
 
 
 def run(path: Path | str) -> int:
-    """Serve the tunnels of a configuration file until SIGTERM or SIGINT; returns the exit code.
+    """Serve the tunnels of a configuration file until SIGTERM or SIGINT; return the exit code.
 
-    0 after a drain, 2 where the file cannot be used; what is wrong is written to stderr, as is the log.
+    0 after a drain, 2 if the file cannot be used; errors and the log are written to stderr.
     """
     path = Path(path)
     handler = logging.StreamHandler(sys.stderr)
@@ -57,7 +57,7 @@ def check(path: Path | str) -> None:
 
 
 def _import_metrics(path: Path) -> None:
-    """Say what is missing where the extra is not installed."""
+    """Raise ConfigError if the extra is not installed."""
     try:
         import prometheus_client  # noqa: F401
     except ImportError:

@@ -60,19 +60,19 @@ _AUDITED: Final = (
     "association",
     "fallback",
 )
-"""What the audit line takes from `QKDInfo`."""
+"""The fields of `QKDInfo` in the audit line."""
 
 
 @dataclass
 class Reporting:
-    """Where connections report to. The audit log is replaced at a reload."""
+    """The metrics and the audit log of connections. The audit log is replaced at a reload."""
 
     metrics: Metrics
     audit: AuditLog
 
 
 class Connection:
-    """One connection; it keeps the settings that it started with."""
+    """One connection; it keeps its initial settings."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Serve the connection until it ends. Raises nothing."""
+        """Serve the connection until it ends; never raise."""
         self._task = asyncio.current_task()
         try:
             end = await self._serve()
@@ -281,25 +281,25 @@ class Connection:
 
 
 class _Watch:
-    """Keeps the time limits of one connection. Timers are set for when something may be due, not for each byte."""
+    """The time limits of one connection. Timers are set for the next possible limit, not for each byte."""
 
     def __init__(self, relay: Relay, limits: TunnelLimits) -> None:
         self._relay, self._limits = relay, limits
         self._loop = asyncio.get_running_loop()
         self._start = self._loop.time()
         self._deadline: float | None = None
-        """When a gentle end has taken too long."""
+        """The time by which a gentle end must be done."""
         self._reason = ""
         self._timer: asyncio.TimerHandle | None = None
 
     def check(self) -> None:
-        """Do what is due, and set the timer for what comes next."""
+        """Act on the limits that are due, and set the timer for the next."""
         due = self._act(self._loop.time())
         if due is not None and not self._relay.ended.done():
             self._timer = self._loop.call_at(due, self.check)
 
     def stop(self) -> None:
-        """The connection has ended."""
+        """Stop: the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,4 +1,4 @@
-"""The TLS contexts and key managers of a configuration; those that a reload does not change are kept.
+"""The TLS contexts and key managers of a configuration; a reload keeps those that it does not change.
 
 A context that is kept keeps its associations: after a reload the next connections need no bootstrap.
 """
@@ -26,7 +26,7 @@ _Digests = tuple[bytes, ...]
 
 @dataclass
 class Contexts:
-    """Contexts by name of their table, and key managers by what they are made of."""
+    """Contexts by name of their table, and key managers by their settings and files."""
 
     tls: dict[str, QKDContext] = field(default_factory=dict)
     managers: dict[tuple[KeyManagerSettings, _Digests], KeyManager] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Contexts:
 
     @classmethod
     def make(cls, settings: TunnelFile, metrics: Metrics, before: Contexts | None = None) -> Contexts:
-        """What the settings say. Raises ConfigError."""
+        """Make the contexts of the settings. Raises ConfigError."""
         before = before or cls()
         new = cls()
         try:
@@ -65,7 +65,7 @@ class Contexts:
         return manager
 
     def replaced_by(self, other: Contexts) -> None:
-        """Close what the other ones do not use: wipes associations and announced keys."""
+        """Close everything that `other` does not use, and wipe its associations and announced keys."""
         kept: list[object] = [*other.tls.values(), *other.managers.values()]
         for context in self.tls.values():
             if not any(context is one for one in kept):

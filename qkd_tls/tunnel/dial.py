@@ -1,4 +1,4 @@
-"""Opens sockets: to connect with, and to listen on."""
+"""Sockets to connect with, and to listen on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (soc
 
 
 def set_options(sock: socket.socket) -> None:
-    """What every connection gets: non-blocking, no delay of small pieces, and an error when the peer has vanished."""
+    """Make a socket non-blocking, send small pieces at once, and fail if the peer vanishes."""
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
@@ -32,7 +32,7 @@ def set_options(sock: socket.socket) -> None:
 
 
 async def connect(address: TCP | Unix, timeout: float) -> socket.socket:
-    """A connected socket. Each address of a host is tried, all within `timeout` seconds. Raises OSError."""
+    """Connect a socket. Each address of a host is tried, all within `timeout` seconds. Raises OSError."""
     try:
         async with asyncio.timeout(timeout):
             return await (_connect_unix(address) if isinstance(address, Unix) else _connect_tcp(address))
@@ -82,7 +82,7 @@ async def _connect_unix(address: Unix) -> socket.socket:
 def listen(
     address: Address, activated: Mapping[str, list[socket.socket]], *, socket_mode: int = 0o600
 ) -> list[socket.socket]:
-    """Listening sockets for an address. Raises OSError."""
+    """Open listening sockets for an address. Raises OSError."""
     if isinstance(address, Activated):
         if address.name not in activated:
             known = ", ".join(activated) or "none"
@@ -142,7 +142,7 @@ def _listen_unix(address: Unix, mode: int) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """A socket that nobody listens on any more is left by a process that was killed."""
+    """Remove the socket that a killed process has left; raise OSError if a process listens on it."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise OSError(errno.EEXIST, f"{path} exists, and is no socket")

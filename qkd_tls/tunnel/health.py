@@ -15,7 +15,7 @@ __all__ = ["Health"]
 
 _TIMEOUT: Final = 10.0
 _LARGEST: Final = 8192
-"""Bytes of a request's head."""
+"""The most bytes of a request's head."""
 _REASONS: Final = {
     200: "OK",
     400: "Bad Request",
@@ -26,9 +26,9 @@ _REASONS: Final = {
 
 
 class Health:
-    """Answers one request a connection.
+    """An HTTP server that answers one request per connection.
 
-    `state` says whether the process takes connections, and what it tells of itself.
+    `state` returns whether the process takes connections, and its description.
     """
 
     def __init__(self, metrics: Metrics, state: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
@@ -41,7 +41,7 @@ class Health:
             self._servers.append(await asyncio.start_server(self._handle, sock=sock, limit=_LARGEST))
 
     def close(self) -> None:
-        """Listen no more; closes the sockets."""
+        """Stop listening; close the sockets."""
         for server in self._servers:
             server.close()
         self._servers.clear()

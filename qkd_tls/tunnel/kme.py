@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 class CountedKeyManager:
-    """Passes every call on to another key manager; `name` is that of the configuration in the metrics."""
+    """A key manager that passes every call on to another; `name` is the configuration's, in the metrics."""
 
     def __init__(self, manager: KeyManager, label: str, metrics: Metrics) -> None:
         self._manager, self._label, self._metrics = manager, label, metrics

@@ -1,4 +1,4 @@
-"""Accepts the connections of one tunnel, as many at once as it may have."""
+"""The accepting side of one tunnel, with at most its limit of connections at once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _log: Final = logging.getLogger("qkd_tls.tunnel")
 _AT_ONCE: Final = 32
 """Connections accepted before others have their turn."""
 _PAUSE: Final = 0.5
-"""Seconds, where the system has no more files for this process."""
+"""Seconds to pause if the system has no more files for this process."""
 _OUT_OF_FILES: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Tunnel:
-    """One `[[tunnel]]` at work. At the limit it stops accepting; who comes then waits in the system's backlog."""
+    """One `[[tunnel]]` at work. At the limit it stops accepting; further clients wait in the backlog."""
 
     def __init__(self, name: str, reporting: Reporting) -> None:
         self.name = name
@@ -37,20 +37,20 @@ class Tunnel:
         self._loop = asyncio.get_running_loop()
 
     def serve(self, settings: TunnelSettings, context: QKDContext, sockets: Iterable[socket.socket]) -> None:
-        """Accept from these sockets from now on, with these settings. Connections that are open keep theirs."""
+        """Accept from these sockets from now on, with these settings. Open connections keep theirs."""
         self.stop()
         self._settings, self._context, self._sockets = settings, context, tuple(sockets)
         self._reporting.metrics.active.labels(self.name).set(len(self.connections))
         self._accept_again()
 
     def stop(self) -> None:
-        """Accept no more. The sockets stay open."""
+        """Stop accepting. The sockets stay open."""
         self._pause()
         self._sockets = ()
 
     @property
     def addresses(self) -> list[Any]:
-        """Where it listens, as `getsockname` gives it."""
+        """The addresses it listens on, like `getsockname`."""
         return [sock.getsockname() for sock in self._sockets]
 
     def _pause(self) -> None:

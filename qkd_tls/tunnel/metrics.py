@@ -72,5 +72,5 @@ class Metrics:
         info.labels(qkd_tls.__version__).set(1)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -25,7 +25,7 @@ _CLIENT_CERT_SESS: Final = 0x04
 
 
 class ProxyTLV:
-    """Types of additional fields. Those from 0xE0 on are for private use (section 2.2.7) and this project's own."""
+    """Types of additional fields; from 0xE0 on for private use (section 2.2.7), here this project's own."""
 
     ALPN: Final = 0x01
     AUTHORITY: Final = 0x02
@@ -48,7 +48,7 @@ class ProxyTLV:
 
 
 def encode_tlv(kind: int, value: bytes) -> bytes:
-    """Type, length in 2 bytes, value. Raises ValueError for a value over 65,535 bytes."""
+    """Encode type, length in 2 bytes, and value. Raises ValueError for a value over 65,535 bytes."""
     if len(value) > 0xFFFF:
         raise ValueError("a TLV holds at most 65,535 bytes")
     return struct.pack("!BH", kind, len(value)) + value
@@ -57,9 +57,9 @@ def encode_tlv(kind: int, value: bytes) -> bytes:
 def ssl_tlv(
     *, version: str, cipher: str, common_name: str | None, with_certificate: bool, now: bool
 ) -> bytes:
-    """The field about TLS (section 2.2.6).
+    """Encode the field about TLS (section 2.2.6).
 
-    `with_certificate`: the peer has shown a certificate, and it was verified; `now`: on this very connection.
+    `with_certificate`: the peer has sent a certificate, and it was verified; `now`: on this very connection.
     """
     client = _CLIENT_SSL
     if with_certificate:
@@ -75,9 +75,11 @@ def ssl_tlv(
 def encode_header(
     source: tuple[str, int] | str, destination: tuple[str, int] | str, tlvs: Iterable[bytes] = ()
 ) -> bytes:
-    """The header of a connection from `source` to `destination`: host and port each, or the paths of Unix sockets.
+    """Encode the header of a connection from `source` to `destination`.
 
-    Raises ValueError where the two are of different kinds or the fields are longer than 65,535 bytes.
+    Each is host and port, or the path of a Unix socket.
+
+    Raises ValueError if the two are of different kinds or the fields are longer than 65,535 bytes.
     """
     if isinstance(source, str) and isinstance(destination, str):
         family = _UNIX_STREAM

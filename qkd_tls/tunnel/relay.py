@@ -1,11 +1,13 @@
-"""Moves bytes between two connected sockets, in both directions, until both have ended.
+"""The relay: moves bytes between two connected sockets, in both directions, until both have ended.
 
-Each direction is a `_Pump`. It reads into a buffer that all connections of the process share, and writes what it has
-read at once. What the other side does not take is kept, and nothing more is read until it has gone: that is the
-back-pressure, and why an idle connection needs no buffer. Works on sockets that are non-blocking; a `QKDSocket` is one.
+Each direction is a `_Pump`. It reads into a buffer that all connections of the process share, and writes the
+bytes at once. Bytes that the other side does not take are kept, and no more are read until they have gone:
+that is the back-pressure, and the reason why an idle connection needs no buffer. The sockets must be
+non-blocking, as a `QKDSocket` is.
 
-The end of a stream is passed on as an end only where it is one. Everything else (a reset, TLS that ends without
-close_notify, a time limit) becomes a reset at the other side, so that nobody takes a cut for the end of the data.
+The end of a stream is passed on as an end only if it is one. Everything else (a reset, TLS that ends without
+close_notify, a time limit) becomes a reset at the other side, so that no reader takes a cut for the end of
+the data.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ _NOTHING: Final = memoryview(b"")
 
 
 def reset(sock: socket.socket) -> None:
-    """Close without a word: TCP sends RST, and TLS no close_notify.
+    """Close without notice: TCP sends RST, and TLS no close_notify.
 
-    Unix sockets have no reset: their peer sees an end, or an error where bytes of its own were unread.
+    Unix sockets have no reset: their peer sees an end, or an error if bytes of its own were unread.
     """
     if sock.fileno() < 0:
         return
@@ -50,7 +52,7 @@ def reset(sock: socket.socket) -> None:
 
 @dataclass(frozen=True)
 class End:
-    """How a connection ended. `clean`: every byte of both directions was passed on, and both ends."""
+    """The end of a connection. `clean`: every byte of both directions was passed on, and both ends."""
 
     reason: str
     clean: bool = False
@@ -58,7 +60,7 @@ class End:
 
 
 class _Pump:
-    """One direction. It waits for one thing at most: `waiting`, a socket and whether it is to be written."""
+    """One direction. It waits for at most one thing: `waiting`, a socket and True for writing."""
 
     __slots__ = (
         "_count",
@@ -95,17 +97,17 @@ class _Pump:
 
     @property
     def busy(self) -> bool:
-        """Whether there are bytes that the other side has not taken."""
+        """True if there are bytes that the other side has not taken."""
         return bool(self._rest)
 
     def end(self) -> None:
-        """Read no more; pass on what has been read, and then an end."""
+        """Read no more; pass on the bytes read so far, and then an end."""
         self._ended = True
         if not self.done and not self._rest and not self._scheduled:
             self._flush()
 
     def event(self) -> None:
-        """Go on, since what was waited for has happened."""
+        """Go on: the awaited event has happened."""
         if not self._scheduled:
             self._run()
 
@@ -161,7 +163,7 @@ class _Pump:
                 self._count(moved)
 
     def _write(self, data: memoryview) -> None:
-        """Write all of it; where that cannot be, keep the rest and raise what is wanted."""
+        """Write all of it; if that is impossible, keep the rest and raise the want."""
         size = len(data)
         try:
             while data:
@@ -176,7 +178,7 @@ class _Pump:
         self._rest = _NOTHING
 
     def _flush(self) -> None:
-        """Everything is written. Wait for room once more: a close_notify that did not fit would be lost."""
+        """Wait for room once more after the last byte: a close_notify that did not fit would be lost."""
         self._flushed = True
         self._relay.wait(self, self.sink, write=True)
 
@@ -192,17 +194,17 @@ class _Pump:
 
 
 class Relay:
-    """Passes bytes between the plain and the hybrid side of one connection.
+    """A relay of bytes between the plain and the hybrid side of one connection.
 
     Args:
         plain: non-blocking socket of the plain side.
-        hybrid: established, non-blocking `QKDSocket`. A TLS end without close_notify must be an error at it:
+        hybrid: established, non-blocking `QKDSocket`. A TLS end without close_notify must raise an error:
             `suppress_ragged_eofs` off.
         to_hybrid: called with each number of bytes read at the plain side.
         to_plain: called with each number of bytes read at the hybrid side.
         preface: bytes that the plain side gets first.
 
-    `ended` has the result; both sockets are closed then.
+    `ended` gets the result; both sockets are closed then.
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class Relay:
         self.loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[End] = self.loop.create_future()
         self.last_byte = self.loop.time()
-        """When the last byte was passed on, on the loop's clock."""
+        """The time at which the last byte was passed on, on the loop's clock."""
         self._plain, self._hybrid = plain, hybrid
         self._retired: str | None = None
         self._up = _Pump(self, plain, hybrid, to_hybrid, b"")
@@ -241,13 +243,13 @@ class Relay:
 
     @property
     def busy(self) -> bool:
-        """Whether there are bytes on their way that a socket has not taken."""
+        """True if there are bytes on their way that a socket has not taken."""
         return self._up.busy or self._down.busy
 
     def retire(self, reason: str) -> None:
         """End gently: read no more at the plain side and tell the hybrid side so; the other direction goes on.
 
-        What the plain side sends from now on is not read, and answered with a reset when the connection closes.
+        Later data of the plain side is not read, and answered with a reset when the connection closes.
         """
         if not self.ended.done() and self._retired is None:
             self._retired = reason
@@ -281,7 +283,7 @@ class Relay:
                 pump.event()
 
     def finished(self) -> None:
-        """One direction has passed on its end."""
+        """Note that one direction has passed on its end."""
         if self._up.done and self._down.done:
             unread = self._retired is not None and _has_bytes(self._plain)
             self._end(
@@ -291,7 +293,7 @@ class Relay:
             )
 
     def fail(self, sock: socket.socket, error: OSError) -> None:
-        """A socket has failed."""
+        """Handle a socket's failure: end the connection."""
         side = "plain" if sock is self._plain else "hybrid"
         if isinstance(error, ssl.SSLEOFError):
             self._end(End("truncated", error=f"{side} side: TLS ended without close_notify"))

@@ -53,7 +53,7 @@ class Service:
         self._draining = False
 
     async def run(self) -> int:
-        """Serve. Returns the exit code; raises ConfigError where the file cannot be used."""
+        """Serve; return the exit code. Raises ConfigError if the file cannot be used."""
         loop = asyncio.get_running_loop()
         try:
             self._activated = activated_sockets(self._environment)
@@ -89,7 +89,7 @@ class Service:
     # --- configuration
 
     async def _apply(self) -> None:
-        """Read the file and do as it says; where anything is wrong with it, raise ConfigError and change nothing."""
+        """Read the file and apply it; if it has any mistake, raise ConfigError and change nothing."""
         settings = load(self._file)
         with contextlib.ExitStack() as undo:
             contexts = Contexts.make(settings, self._metrics, self._contexts)
@@ -153,7 +153,7 @@ class Service:
             tunnel.serve(entry, self._contexts.tls[entry.tls], listening[entry.socket_key])
 
     def _back(self, name: str) -> Tunnel | None:
-        """A tunnel that an earlier reload has removed, and whose connections still count."""
+        """Return a tunnel that an earlier reload has removed, and whose connections still count."""
         for tunnel in self._leaving:
             if tunnel.name == name:
                 self._leaving.remove(tunnel)
@@ -161,7 +161,7 @@ class Service:
         return None
 
     def _retire_contexts(self, contexts: Contexts) -> None:
-        """Handshakes that are under way go on with the old ones as long as they may take."""
+        """Replace the contexts; handshakes under way keep the old ones, for their longest time limit."""
         old, self._contexts = self._contexts, contexts
         if self._settings is not None:
             longest = max(tunnel.limits.handshake_timeout for tunnel in self._settings.tunnels)
@@ -288,7 +288,7 @@ def _forget_path(address: Address | None) -> None:
 
 
 def _raise_limit_of_files() -> None:
-    """Two files for each connection; many systems start a process with 1,024."""
+    """Raise the limit of open files: a connection needs two, and many systems start a process with 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What a tunnel's configuration file says, as plain data."""
+"""The settings of a tunnel's configuration file, as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ServiceSettings", "TunnelFile", "TunnelLimits", "TunnelSettings", "l
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelLimits:
-    """Limits of one tunnel; times in seconds, None for none."""
+    """The limits of one tunnel; times in seconds, None for no limit."""
 
     max_connections: int
     connect_timeout: float
@@ -23,12 +23,12 @@ class TunnelLimits:
     max_age: float | None
     max_age_grace: float
     quiet: float
-    """No byte for so long is a quiet moment."""
+    """Seconds without a byte that make a quiet moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelSettings:
-    """One `[[tunnel]]`."""
+    """The table `[[tunnel]]`."""
 
     name: str
     mode: Literal["client", "server"]
@@ -42,19 +42,19 @@ class TunnelSettings:
 
     @property
     def socket_key(self) -> tuple[Address, str]:
-        """Tells whether a reload may keep the listening sockets. Port 0 is another one for each tunnel."""
+        """The key by which a reload finds the listening sockets to keep; with port 0, one for each tunnel."""
         any_port = isinstance(self.listen, TCP) and self.listen.port == 0
         return self.listen, self.name if any_port else ""
 
     @property
     def accepts_hybrid(self) -> bool:
-        """Whether the listening side is the hybrid one."""
+        """True if the listening side is the hybrid one."""
         return self.mode == "server"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """`[service]`: what concerns the process."""
+    """The table `[service]`: settings of the process."""
 
     drain_timeout: float = 30.0
     audit: Path | Literal["stderr", "off"] = "stderr"

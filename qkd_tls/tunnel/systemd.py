@@ -1,4 +1,4 @@
-"""What systemd and a service tell each other: sockets that are open already, and `sd_notify`.
+"""The interface to systemd: sockets that are open already, and `sd_notify`.
 
 Without systemd's environment variables there are no sockets, and nothing is sent.
 """
@@ -17,10 +17,10 @@ _FIRST_FD: Final = 3
 
 
 def activated_sockets(environment: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
-    """The sockets that systemd has opened, by name (sd_listen_fds_with_names(3)); those without one are "unknown".
+    """Return the sockets that systemd has opened, by name (sd_listen_fds_with_names(3)).
 
-    The variables are taken out, so that no child takes the sockets for its own. Raises ValueError where they make no
-    sense.
+    Sockets without a name are under "unknown". The variables are removed, so that no child takes the sockets
+    for its own. Raises ValueError if they make no sense.
     """
     pid, count, names = (environment.pop(f"LISTEN_{what}", None) for what in ("PID", "FDS", "FDNAMES"))
     if count is None or pid != str(os.getpid()):
@@ -43,7 +43,7 @@ def activated_sockets(environment: MutableMapping[str, str]) -> dict[str, list[s
 
 
 class Notifier:
-    """Tells systemd how the service is (sd_notify(3)). What cannot be told is not: it stops no service."""
+    """A notifier of the service's state to systemd (sd_notify(3)). A failure to notify stops no service."""
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         address = environment.pop("NOTIFY_SOCKET", None)
@@ -52,22 +52,22 @@ class Notifier:
         if environment.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
             interval = None
         self.watchdog_interval = int(interval) / 2e6 if interval and interval.isdigit() else None
-        """Seconds between two signs of life; None where systemd wants none."""
+        """Seconds between two signs of life; None if systemd wants none."""
 
     def ready(self, status: str) -> None:
-        """Started, or reloaded."""
+        """Tell systemd that the service has started or reloaded."""
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """Reads its configuration again."""
+        """Tell systemd that the service reads its configuration again."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=Reloading")
 
     def stopping(self, status: str) -> None:
-        """Takes no more connections."""
+        """Tell systemd that the service takes no more connections."""
         self._send("STOPPING=1", f"STATUS={status}")
 
     def alive(self) -> None:
-        """A sign of life."""
+        """Send a sign of life."""
         self._send("WATCHDOG=1")
 
     def _send(self, *lines: str) -> None:
