@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kms_client import Etsi014Client
 from kms_client.emulator import Faults, RunningPair, run_pair
 from tests.support import attacks, commands, tunnels
+from tests.support.sizes import sized
 from tests.support.slow_kms import SlowManager
 from tests.support.sockets import Authority, Identity, Lab, local_lab
+
+# The same examples each time, and as long as they take.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    max_examples=sized(100, 50),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 
 # --- certificates
 
