@@ -565,7 +565,7 @@ def test_ten_thousand_keys_while_a_kme_is_killed_every_second(tmp_path: Path) ->
 
         calls = [Call(take) for _ in range(threads)]
         while any(call.ended == 0 for call in calls):
-            done.wait(1)
+            done.wait(sized(1.0, 0.2))
             cable.cut.set()
             # Until nobody asks for keys any more.
             while not cable.lost.wait(0.1) and any(call.ended == 0 for call in calls):
