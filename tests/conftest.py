@@ -6,20 +6,25 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kms_client import Etsi014Client
 from kms_client.emulator import Faults, RunningPair, run_pair
 from tests.support import attacks, commands, tunnels
+from tests.support.sizes import sized
 from tests.support.slow_kms import SlowManager
 from tests.support.sockets import Authority, Identity, Lab, local_lab
 
-# A busy machine is slow, which is no fault of what is tested.
-hypothesis.settings.register_profile(
-    "qkd-tls", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+# The same examples each time, and as long as they take.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    max_examples=sized(100, 50),
+    suppress_health_check=[HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("qkd-tls")
+settings.load_profile("tests")
 
 # --- the marker `pure`
 

@@ -16,6 +16,7 @@ import pytest
 from tests.support.cpython.outcomes import FILE, Table
 from tests.support.cpython.page import PAGE, page
 from tests.support.paths import ROOT
+from tests.support.requirements import CPYTHON_TESTS, needs
 
 TABLE = Table.load()
 TIMEOUT = 600
@@ -45,10 +46,7 @@ def names_in(file: Path) -> list[str]:
 CPYTHON_FILE = cpython_file()
 NAMES = names_in(CPYTHON_FILE) if CPYTHON_FILE is not None else []
 
-needs_the_file = pytest.mark.skipif(
-    CPYTHON_FILE is None,
-    reason="this interpreter came without CPython's tests: on Debian, install libpython3.11-testsuite for python3.11",
-)
+needs_the_file = needs(CPYTHON_TESTS, CPYTHON_FILE is not None)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from kms_client.emulator import run_pair
-from tests.support.dropin.harness import COLUMNS, Missing, Program, Sites
+from tests.support.dropin.harness import COLUMNS, Program, Sites
 from tests.support.dropin.measure import Measurements, Result
 from tests.support.dropin.programs import PROGRAMS
 from tests.support.dropin.table import committed, rows_of, same, table
+from tests.support.requirements import Missing
 
 MUST_WORK = ("connects", "up", "down")
 
@@ -33,7 +34,7 @@ def measured(measurements: Measurements, program: type[Program]) -> Result:
     # What a program has left behind is told of here, and not in another test.
     gc.collect()
     if isinstance(result, Missing):
-        pytest.skip(str(result))
+        raise result.requirement.missing()
     return result
 
 

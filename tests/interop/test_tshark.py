@@ -16,6 +16,7 @@ import pytest
 
 from rndl.recorder import RecordingProxy
 from tests.support.interop.pcap import PORT, write_pcap
+from tests.support.requirements import debian
 from tests.support.sockets import Lab, Server, connect, talk
 
 X25519MLKEM768 = str(0x11EC)
@@ -32,7 +33,7 @@ WRONG = "_ws.malformed || _ws.unreassembled || _ws.expert.severity > 0x200000"
 def tshark() -> str:
     if path := shutil.which("tshark"):
         return path
-    pytest.skip("no tshark: install the Debian package of that name")
+    raise debian("tshark").missing()
 
 
 @dataclass

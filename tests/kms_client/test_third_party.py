@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from qkdsec.client import ETSI014Client, KMEHTTPError  # type: ignore[import-unt
 from qkdsec.doctor import format_json, run_all  # type: ignore[import-untyped]
 
 from kms_client.emulator import DemoPKI, RunningPair, run_pair
+from tests.support.requirements import COMPILED
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +111,9 @@ class TestQkdsec:
 class TestSkipQkd:
     @pytest.fixture(autouse=True)
     def _library(self) -> None:
-        self.skip_qkd = pytest.importorskip(
-            "skip_qkd",
-            reason="skip-qkd is not installed: it needs a compiler and OpenSSL's headers (dependency group 'compiled')",
-        )
+        if importlib.util.find_spec("skip_qkd") is None:
+            raise COMPILED.missing()
+        self.skip_qkd = importlib.import_module("skip_qkd")
 
     def client(self, pair: RunningPair, side: str) -> Any:
         """For one request: it does not open a second connection."""

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import mldsa
 from cryptography.x509.oid import NameOID
 
 from qkd_tls import HandshakePath, QKDContext, create_default_context
+from tests.support.requirements import debian
 from tests.support.sockets import (
     KEY_KINDS,
     Authority,
@@ -224,7 +225,7 @@ class TestTrust:
     def test_capath(self, local: Lab, tmp_path: Path) -> None:
         """A directory with names as `openssl rehash` makes them."""
         if shutil.which("openssl") is None:
-            pytest.skip("the openssl command, which names the file, is not installed")
+            raise debian("openssl").missing()
         command = ["openssl", "x509", "-noout", "-subject_hash", "-in", str(local.ca.file)]
         name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         directory = tmp_path / "certificates"

@@ -24,9 +24,11 @@ from kms_client import Etsi014Client, QKDKey
 from kms_client.emulator import DemoPKI
 from qkd_tls import HandshakePath, Protection, QKDContext, QKDInfo, create_default_context
 from qkd_tls.openssl import TLSConnection
+from tests.support.sizes import sized
 from tests.support.sockets import TIMEOUT, Authority, Identity
 
 THREADS = 8
+CONNECTIONS = sized(2000, 400)
 
 
 @dataclass
@@ -185,15 +187,16 @@ MEMORY_GROWTH = 6 << 20
 
 
 def test_two_thousand_connections(traffic: Traffic, kme_process: KMEProcess) -> None:
+    """Two thousand at full size."""
     traffic.run(200)
     client_infos, server_infos = traffic.infos
     before = Usage.now()
-    traffic.run(1800)
+    traffic.run(CONNECTIONS - 200)
     after = Usage.now()
     for infos, more in zip((client_infos, server_infos), traffic.infos, strict=True):
         infos += more
 
-    assert len(client_infos) == len(server_infos) == 2000
+    assert len(client_infos) == len(server_infos) == CONNECTIONS
     assert {info.protection for info in client_infos} == {Protection.HYBRID}
     used = collections.Counter(info.key_id for info in client_infos)
     assert set(used.values()) == {1}, "a key was used twice"

@@ -25,6 +25,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from qkd_tls import kems
 from qkd_tls.kems import KEMError, UnsupportedKEM, encapsulate, generate, names
 from tests.support.memory import World
+from tests.support.requirements import C_COMPILER, LIBOQS, needs
 
 MLKEM = {"ML-KEM-768": (1184, 1088), "ML-KEM-1024": (1568, 1568)}
 
@@ -440,7 +441,7 @@ gc.collect()
 
 @needs_package
 @needs_no_library
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler `cc` to build the stub library with")
+@needs(C_COMPILER, shutil.which("cc") is not None)
 @pytest.mark.skipif(sys.platform != "linux", reason="the stub library is built for Linux")
 @pytest.mark.parametrize("folder", ["lib", "lib64"])
 def test_the_real_package_on_a_stub_library(environment: dict[str, str], tmp_path: Path, folder: str) -> None:
@@ -464,7 +465,7 @@ def test_every_kem_of_a_real_liboqs() -> None:
     liboqs_names = kems._liboqs_names()
     if not liboqs_names:
         assert "OQS_INSTALL_PATH" not in os.environ, "the liboqs in OQS_INSTALL_PATH is not usable"
-        pytest.skip("no usable liboqs on this machine: no system library, none in OQS_INSTALL_PATH or ~/_oqs")
+        raise LIBOQS.missing()
     for name in liboqs_names:
         key = generate(name)
         ciphertext, secret = encapsulate(name, key.encapsulation_key)

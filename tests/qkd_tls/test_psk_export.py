@@ -23,7 +23,8 @@ from qkd_tls.openssl import TLSConnection, TLSContext, TLSSettings
 from qkd_tls.psk import PSK
 from qkd_tls.psk_export import ExportedPSK, export_psk
 from tests.support.commands import PROGRAM, TIMEOUT, Site, record, running_server, text
-from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.node_binary import node_binary
+from tests.support.requirements import NODE, debian
 from tests.support.sockets import Authority, Lab, Server, echo, local_lab
 
 GROUPS = ("X25519MLKEM768", "X25519")
@@ -230,7 +231,7 @@ def test_no_key_no_psk(local: Lab, size: int | None, kind: type[Exception], mess
 def openssl() -> str:
     path = shutil.which("openssl")
     if path is None:
-        pytest.skip("the openssl command is not installed")
+        raise debian("openssl").missing()
     return path
 
 
@@ -283,7 +284,7 @@ sock.on('data', data => process.stdout.write(data));
 def node() -> str:
     path = node_binary() or shutil.which("node")
     if path is None:
-        pytest.skip(f"no Node.js: {HOW_TO_HAVE_IT}")
+        raise NODE.missing()
     return path
 
 

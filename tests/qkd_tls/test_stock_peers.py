@@ -25,8 +25,9 @@ from qkd_tls import (
     QKDUnavailable,
 )
 from tests.support import sockets
-from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.node_binary import node_binary
 from tests.support.ports import free_port
+from tests.support.requirements import NODE, debian
 from tests.support.sockets import TIMEOUT, Lab, Server, talk
 
 CLASSICAL_TOO = ["X25519MLKEM768", "X25519"]
@@ -56,11 +57,11 @@ def node() -> str:
     """The Node.js binary; skips where there is none that has ML-KEM."""
     path = node_binary()
     if path is None:
-        pytest.skip(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+        raise NODE.missing()
     command = [path, "-p", "process.versions.openssl"]
     version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if tuple(int(part) for part in version.split(".")[:2]) < (3, 5):
-        pytest.skip(f"{path} has OpenSSL {version}, which has no ML-KEM; Node.js 26 is needed")
+        raise NODE.missing(f"{path} has OpenSSL {version}, which has no ML-KEM")
     return path
 
 
@@ -180,7 +181,7 @@ def openssl() -> str:
     """The openssl command; skips unless it lacks ML-KEM, which is what these tests are about."""
     path = shutil.which("openssl")
     if path is None:
-        pytest.skip("the openssl command is not installed")
+        raise debian("openssl").missing()
     text = subprocess.run([path, "version"], capture_output=True, text=True, check=True).stdout
     version = re.match(r"OpenSSL (\d+)\.(\d+)", text)
     if version is None or (int(version[1]), int(version[2])) >= (3, 5):

@@ -1,19 +1,26 @@
-"""Runs `qkd-tls` as a process."""
+"""Runs `qkd-tls`: in this process where it ends by itself, else as a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 from kms_client.emulator import RunningPair
+from qkd_tls.cli import main
 from tests.support.patience import PATIENCE
 
 TIMEOUT = PATIENCE
@@ -55,15 +62,19 @@ class Site:
     def run(
         self, *arguments: str, input: bytes = b"", **changes: str | None
     ) -> subprocess.CompletedProcess[bytes]:
-        """`qkd-tls` with these arguments; `changes` are environment variables without QKD_TLS_, None for unset."""
-        return subprocess.run(
-            [*PROGRAM, *arguments],
-            input=input,
-            env=self.variables(**changes),
-            capture_output=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        """`qkd-tls` with these arguments, in this process, until it ends.
+
+        `changes` are environment variables without QKD_TLS_, None for unset.
+        """
+        out, err = io.BytesIO(), io.BytesIO()
+        with (
+            mock.patch.dict(os.environ, self.variables(**changes), clear=True),
+            _standard_input(input),
+            contextlib.redirect_stdout(io.TextIOWrapper(out, write_through=True)),
+            contextlib.redirect_stderr(io.TextIOWrapper(err, write_through=True)),
+        ):
+            code = _exit_code(arguments)
+            return subprocess.CompletedProcess(["qkd-tls", *arguments], code, out.getvalue(), err.getvalue())
 
     def variables(self, **changes: str | None) -> dict[str, str]:
         """The environment of a process of this side."""
@@ -88,6 +99,38 @@ class Site:
                 if process.poll() is None:
                     process.terminate()
                 process.communicate(timeout=TIMEOUT)
+
+
+def _exit_code(arguments: Sequence[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        # argparse ends the program by itself.
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - shown as the interpreter does
+        traceback.print_exc()
+        return 1
+
+
+@contextmanager
+def _standard_input(data: bytes) -> Iterator[None]:
+    """Let the program read this from its standard input, which it knows by its file descriptor."""
+    kept = os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        reader = io.TextIOWrapper(open(0, "rb", closefd=False))  # noqa: SIM115 - the descriptor is closed below
+        try:
+            with mock.patch.object(sys, "stdin", reader):
+                yield
+            for thread in threading.enumerate():
+                if thread.name == "standard input":
+                    thread.join(TIMEOUT)
+        finally:
+            reader.close()
+            os.dup2(kept, 0)
+            os.close(kept)
 
 
 @dataclass(frozen=True)

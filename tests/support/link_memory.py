@@ -21,6 +21,7 @@ from kms_client.emulator.link.party import SecretKey, Settings
 from kms_client.emulator.link.photonics.line import Line, Photons
 from kms_client.emulator.link.photonics.parameters import DEFAULT, Optics
 from kms_client.emulator.link.photonics.receiver import Receiver
+from tests.support.patience import PATIENCE
 
 
 class Cut(Exception):
@@ -186,12 +187,12 @@ class MemoryLink:
             asyncio.create_task(self.alice.run(ours, send_photons)),
             asyncio.create_task(self.bob.run(theirs, fibre.get)),
         ]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(4 * PATIENCE):
             while not until() and not any(task.done() for task in tasks):
                 await asyncio.sleep(0)
         if any(task.done() for task in tasks):
             ours.cut()
-            await asyncio.wait(tasks, timeout=20)
+            await asyncio.wait(tasks, timeout=PATIENCE)
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-__all__ = ["HOW_TO_HAVE_IT", "node_binary"]
-
-HOW_TO_HAVE_IT = "set QKD_TLS_NODE to its binary, or run `npm install node@26` in the repository"
+__all__ = ["node_binary"]
 
 _INSTALLED = ROOT / "node_modules" / "node" / "bin" / "node"
 

@@ -7,13 +7,16 @@ offset of every flight. Without it they do a fraction of that, so that `make tes
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Final, TypeVar
 
 __all__ = ["FULL", "sized"]
 
 FULL: Final = os.environ.get("QKD_TLS_FULL") == "1"
 
 
-def sized(full: int, fraction: int) -> int:
+Number = TypeVar("Number", int, float)
+
+
+def sized(full: Number, fraction: Number) -> Number:
     """Return the number for a run at full size, or the one for every day."""
     return full if FULL else fraction

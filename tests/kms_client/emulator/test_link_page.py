@@ -23,6 +23,7 @@ from kms_client.emulator import ensure_demo_pki
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Block, Figures
 from kms_client.emulator.watch import WatchPage
+from tests.support.requirements import debian
 
 JSON = {"Content-Type": "application/json"}
 KEY_ID = "26e9895d-5ce9-e8ef-74fc-92a52024c7d9"
@@ -197,7 +198,7 @@ def test_loopback_only(site: Site) -> None:
 def browser_page() -> Iterator[Page]:
     binary = shutil.which("chromium")
     if binary is None:
-        pytest.skip("there is no Chromium here: install the package chromium")
+        raise debian("chromium").missing()
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=binary, args=arguments)

@@ -35,6 +35,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Stay silent: the command's standard error is this process's while it runs."""
+
+
 @pytest.fixture(scope="module")
 def https(running_kmes: RunningPair) -> Iterator[str]:
     with https_server(running_kmes) as address:
@@ -46,7 +51,7 @@ def https_server(pair: RunningPair) -> Iterator[str]:
     manager = pair.client("b")
     context = create_default_context(ssl.Purpose.CLIENT_AUTH, key_manager=manager)
     context.load_cert_chain(pair.pki.directory / "server.pem", pair.pki.directory / "server.key")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

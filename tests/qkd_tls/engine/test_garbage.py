@@ -24,6 +24,7 @@ from tests.support.memory import (
     records,
 )
 from tests.support.scenarios import LONG_WAY, OFF, PREFER, SCENARIOS, Scenario, scenario
+from tests.support.sizes import sized
 
 pytestmark = pytest.mark.pure
 
@@ -66,9 +67,10 @@ def flipped(flight: bytes, offset: int, bit: int) -> bytes:
 def offsets_to_flip(flight: bytes) -> Iterator[int]:
     """Every byte of each record's header and the first ones of its content, and some of the rest."""
     start = 0
+    begin, rest = sized(12, 6), sized(12, 4)
     for record in records(flight):
-        yield from range(start, start + min(len(record), 12))
-        yield from range(start + 12, start + len(record), 1 + len(record) // 12)
+        yield from range(start, start + min(len(record), begin))
+        yield from range(start + begin, start + len(record), 1 + len(record) // rest)
         start += len(record)
 
 

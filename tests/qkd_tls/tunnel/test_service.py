@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 
 from qkd_tls.tunnel.systemd import Notifier
 from tests.support.patience import eventually
+from tests.support.sizes import sized
 from tests.support.tunnels import (
     TIMEOUT,
     Address,
@@ -520,9 +521,14 @@ class TestHealth:
         assert not re.search(r"[0-9a-fA-F]{64}|[A-Za-z0-9+/]{43}=", text)
 
 
+def megabytes(processes: Iterable[Process]) -> float:
+    return float(sum(psutil.Process(process.popen.pid).memory_info().rss for process in processes) / 1e6)
+
+
 class TestMemory:
     def test_2000_idle_connections(self, sites: Sites, tmp_path: Path) -> None:
-        number = 2000
+        """2000 at full size."""
+        number, first = sized(2000, 400), 200
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = 2 * number + 200
         if hard != resource.RLIM_INFINITY and hard < needed:
@@ -536,6 +542,7 @@ class TestMemory:
                 contextlib.ExitStack() as stack,
             ):
                 address = processes[0].address()
+                before = 0.0
                 for start in range(0, number, 100):
                     apps = [stack.enter_context(dial(address)) for _ in range(start, start + 100)]
                     for app in apps:
@@ -546,8 +553,15 @@ class TestMemory:
                         sock.sendall(b"y")
                     for app in apps:
                         assert receive(app, 1) == b"y"
-                sizes = [psutil.Process(process.popen.pid).memory_info().rss / 1e6 for process in processes]
-                print(f"{number} idle connections: client and server tunnel take {sizes} MB")
-                assert sum(sizes) < 400
+                    if start + 100 == first:
+                        # With what many handshakes at once take, which is the same for more of them.
+                        before = megabytes(processes)
+                after = megabytes(processes)
+                print(
+                    f"{number} idle connections: client and server tunnel take {after:.0f} MB, {first} {before:.0f}"
+                )
+                assert after < 400
+                # Both ends of a connection together.
+                assert (after - before) / (number - first) < 0.15
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

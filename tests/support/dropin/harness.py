@@ -33,7 +33,6 @@ __all__ = [
     "PATIENCE",
     "PAYLOAD",
     "Ends",
-    "Missing",
     "Notes",
     "Outcome",
     "Peer",
@@ -71,10 +70,6 @@ def digest(data: bytes) -> str:
 
 
 DIGEST: Final = digest(PAYLOAD)
-
-
-class Missing(Exception):
-    """A program that is not installed here."""
 
 
 # --- the two ends

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.support.dropin.harness import COLUMNS, LIMIT, Ends, Missing, Outcome, Program, Sites, outcome
+from tests.support.dropin.harness import COLUMNS, LIMIT, Ends, Outcome, Program, Sites, outcome
 from tests.support.patience import PATIENCE
+from tests.support.requirements import Missing
 
 __all__ = ["Measurements", "Result"]
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.dropin.harness import PATIENCE, Ends, Missing, Peer, Program, drain
+from tests.support.dropin.harness import PATIENCE, Ends, Peer, Program, drain
+from tests.support.requirements import debian
 from tests.support.tunnels import Process, tunnel
 from tests.support.tunnels import Sites as TunnelSites
 
@@ -175,7 +176,7 @@ def binary(name: str, package: str) -> str:
     )
     found = shutil.which(name, path=places)
     if found is None:
-        raise Missing(f"{name} is not installed: it is in Debian's package {package}")
+        raise debian(package, name).missing()
     return found
 
 

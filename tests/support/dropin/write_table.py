@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 
 from kms_client.emulator import run_pair
-from tests.support.dropin.harness import Missing, Sites
+from tests.support.dropin.harness import Sites
 from tests.support.dropin.measure import Measurements
 from tests.support.dropin.programs import PROGRAMS
 from tests.support.dropin.table import table, write
+from tests.support.requirements import Missing
 
 __all__: list[str] = []
 

@@ -13,7 +13,8 @@ from qkd_tls import KDF, Protection, QKDInfo
 from qkd_tls.client_hello import parse_client_hello, read_handshake_message
 from qkd_tls.psk_export import export_psk
 from tests.support.interop.node_peer import NodeClient, NodeProcess, NodeServer, OurClient, OurServer
-from tests.support.interop.stacks import HELLO, STACKS, Given, Missing, Stack, answer
+from tests.support.interop.stacks import HELLO, STACKS, Given, Stack, answer
+from tests.support.requirements import Missing
 from tests.support.sockets import Lab, Proxy, Server
 
 __all__ = ["COLUMNS", "PAIRS", "ROLES", "Outcome", "connection", "every_row", "missing", "pairing", "row"]

@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-import pytest
-
 from qkd_tls import KDF, QKDContext, QKDError, QKDInfo, QKDKeyMismatch, QKDProtocolError, QKDSocket
-from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.node_binary import node_binary
 from tests.support.paths import ROOT
+from tests.support.requirements import NODE
 from tests.support.sockets import TIMEOUT, Lab, Server, connect
 
 __all__ = [
@@ -211,10 +210,10 @@ def node() -> str:
     """The Node.js binary; skips where there is none of version 26."""
     path = node_binary()
     if path is None:
-        pytest.skip(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+        raise NODE.missing()
     version = subprocess.run([path, "-v"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.lstrip("v").split(".")[0]) < 26:
-        pytest.skip(f"{path} is Node.js {version}; 26 is needed for ML-KEM")
+        raise NODE.missing(f"{path} is Node.js {version}; 26 is needed for ML-KEM")
     return path
 
 

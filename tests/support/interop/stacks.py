@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from qkd_tls import KDF
-from tests.support.node_binary import HOW_TO_HAVE_IT, node_binary
+from tests.support.node_binary import node_binary
 from tests.support.ports import free_port
+from tests.support.requirements import NODE, PYTHON313, debian
 from tests.support.sockets import TIMEOUT
 
 with warnings.catch_warnings():
@@ -34,7 +35,6 @@ __all__ = [
     "STACKS",
     "Given",
     "GnuTLS",
-    "Missing",
     "Mosquitto",
     "Node",
     "OpenSSL",
@@ -44,10 +44,6 @@ __all__ = [
 ]
 
 HELLO: Final = b"hello\n"
-
-
-class Missing(Exception):
-    """A program that is not installed here."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +109,19 @@ def _read_line(sock: Any) -> bytes:
     return received
 
 
+_DEBIAN_PACKAGES: Final = {
+    "gnutls-cli": "gnutls-bin",
+    "gnutls-serv": "gnutls-bin",
+    "stunnel": "stunnel4",
+    "mosquitto_sub": "mosquitto-clients",
+}
+
+
 @functools.cache
 def _program(name: str) -> str:
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin")
     if path is None:
-        raise Missing(f"{name} is not installed")
+        raise debian(_DEBIAN_PACKAGES.get(name, name), name).missing()
     return path
 
 
@@ -357,7 +361,7 @@ class Node(Stack):
     def _binary() -> str:
         path = node_binary()
         if path is None:
-            raise Missing(f"no Node.js 26: {HOW_TO_HAVE_IT}")
+            raise NODE.missing()
         return path
 
     def version(self) -> str:
@@ -418,7 +422,7 @@ class Python(Stack):
         path = os.environ.get("QKD_TLS_PYTHON313") or shutil.which("python3.13")
         # What is on the path may be a launcher for versions that are not there.
         if not path or subprocess.run([path, "-V"], capture_output=True, check=False).returncode:
-            raise Missing("no Python 3.13: set QKD_TLS_PYTHON313 to its interpreter")
+            raise PYTHON313.missing()
         return path
 
     def version(self) -> str:

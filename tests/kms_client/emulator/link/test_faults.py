@@ -15,8 +15,10 @@ import pytest
 from kms_client import KMSError
 from tests.support.link_processes import Link, Pairs, SideProcess, running_link
 from tests.support.patience import eventually
+from tests.support.sizes import sized
 
-ROUNDS = 6
+ROUNDS = sized(6, 3)
+TEARS = sized(8, 4)
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_connections_torn_at_any_moment_lose_no_key(link: Link) -> None:
     pairs = Pairs(link)
     chance = random.Random(2027)
     try:
-        for _ in range(8):
+        for _ in range(TEARS):
             pairs.wait_for_new(20)
             link.cable.tear()
             time.sleep(chance.uniform(0, 0.5))

@@ -16,6 +16,7 @@ from kms_client.emulator.link.photonics.parameters import DEFAULT
 from kms_client.emulator.link.postprocessing.finite_key import Security
 from kms_client.emulator.link.postprocessing.verification import CHALLENGE_BYTES
 from tests.support.link_memory import Cut, MemoryConversation, MemoryLink
+from tests.support.sizes import sized
 
 # Small blocks that still give keys: more check bits, and hardly any demand on the proof's certainty. A dead time takes
 # most of the computing.
@@ -25,6 +26,8 @@ OPTICS = replace(
     detector=replace(DEFAULT.detector, dead_time=0),
 )
 SMALL = Settings(source=OPTICS.source, block_bits=10_000, security=Security(0.5, 0.5), reserve=8)
+
+BLOCKS = sized(1000, 200)
 
 
 @pytest.fixture
@@ -67,18 +70,19 @@ def test_blocks_of_one_session_and_of_the_next(link: MemoryLink) -> None:
 
 
 def test_intercepting_everything_never_gives_a_key_in_1000_blocks() -> None:
+    """1000 at full size."""
     link = MemoryLink(replace(SMALL, block_bits=5_000), OPTICS)
     assert link.run(both(link, 1)) == [None, None]  # without her, blocks of this size can give keys
     kept, before, keys = link.figures["a"].kept, link.figures["a"].aborted.total(), link.sink_a.keys
     link.controls.change({"intercept": 1})
-    end = both(link, kept, before + 1000)
+    end = both(link, kept, before + BLOCKS)
     while not end():
         for ended in link.run(end):
             # Blocks that come to nothing cost authentication keys, too, until the reserve is dry; then both bootstrap.
             assert ended is None or isinstance(ended, ReserveEmpty | Cut)
     for figures in link.figures.values():
         assert figures.kept == kept
-        assert figures.aborted[Reason.QBER.text] >= 990
+        assert figures.aborted[Reason.QBER.text] >= 0.99 * BLOCKS
         assert figures.last is not None
         assert figures.last.qber == pytest.approx(0.25, abs=0.08)
     assert link.sink_a.keys == link.sink_b.keys == keys
