@@ -234,8 +234,8 @@ def test_a_second_of_the_default_link_takes_less_than_a_second() -> None:
     simulated = thread_time() - started
     assert len(clicks) > 1_500_000
     started = thread_time()
-    # As much as a dense simulation draws for a pulse at the very least: intensity, basis, bit, number of photons.
-    for _ in range(3):
+    # What a dense simulation draws for a pulse at the very least: intensity, bit, both bases, detector, photons.
+    for _ in range(5):
         rng.integers(0, 3, pulses)
     rng.poisson(0.5, pulses)
     print(f"{simulated:.2f} s, dense {thread_time() - started:.2f} s")
