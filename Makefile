@@ -37,7 +37,7 @@ essentials: check
 
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n logical --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
 
 # Of each version one: from the PATH, or from pyenv, whose commands on the PATH do not always start.
 PYTHONS ?= $(shell for version in 3.11 3.12 3.13 3.14; do \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -46,7 +47,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def _audit(event: str, _: tuple[object, ...]) -> None:
     # Servers of other tests may still run in other threads.
-    if _pure_test_runs and event in _IMPURE and threading.current_thread() is threading.main_thread():
+    if (
+        not _pure_test_runs
+        or event not in _IMPURE
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        return
+    # The first test that asks for KEMs has liboqs looked for, which starts ldconfig.
+    if not any(frame.f_globals.get("__name__") == "ctypes.util" for frame, _ in traceback.walk_stack(None)):
         pytest.fail(f"this test is marked as pure, but led to {event}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 
@@ -63,6 +64,8 @@ def test_a_byte_now_and_then_does_not_put_the_time_limit_off(site: Site) -> None
                 if over.wait(0.02):
                     return
                 near.sendall(bytes([number]))
+            # The time limit has been put off: then it ends otherwise.
+            near.shutdown(socket.SHUT_WR)
 
         sender = threading.Thread(target=trickle)
         sender.start()

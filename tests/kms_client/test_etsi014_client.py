@@ -12,7 +12,6 @@ import os
 import socket
 import ssl
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from kms_client import (
 )
 from kms_client.emulator import DemoPKI, run_pair, write_demo_pki
 from tests.support.kme_server import client_of, container, everything_in, http, scripted, spellings
+from tests.support.patience import eventually
 
 ID = "550e8400-e29b-41d4-a716-446655440000"
 OTHER = "650e8400-e29b-41d4-a716-446655440abc"
@@ -313,10 +313,9 @@ class TestTransport:
                 sock.sendall(start and b"x")
 
         with scripted(pki, answer, read_timeout=0.5) as (client, _):
-            began = time.monotonic()
+            # The answer goes on until this has been raised.
             with pytest.raises(KMSTimeout, match=r"no complete answer within 0\.5 seconds"):
                 client.get_keys("SAE-B")
-            assert time.monotonic() - began < 2
             done.set()
 
     @pytest.mark.parametrize("answer", [b"", http(200, container((ID, KEY)))[:-5]])
@@ -349,7 +348,7 @@ class TestTransport:
         with scripted(pki, *answers) as (client, server):
             for _ in answers:
                 client.get_keys("SAE-B")
-                time.sleep(0.05)
+                eventually(lambda: server.ended == server.connections, "the server's end")
             assert (len(server.requests), server.connections) == (3, 3)
 
     def test_no_proxy_and_no_bundle_from_the_environment(

@@ -39,7 +39,7 @@ from kms_client.emulator import Faults, RunningPair, ensure_demo_pki, run_pair
 from kms_client.emulator.pair import SideName
 from tests.support.key_managers import Call, Watched, agree
 from tests.support.kme_server import client_of
-from tests.support.patience import eventually
+from tests.support.patience import PATIENCE, eventually
 from tests.support.ports import free_port
 from tests.support.sizes import sized
 
@@ -61,7 +61,7 @@ class Links:
     second: RunningPair
     _made: list[FailoverKeyManager] = field(default_factory=list)
 
-    def site(self, side: SideName, *, read_timeout: float = 5.0, **settings: object) -> Site:
+    def site(self, side: SideName, *, read_timeout: float = PATIENCE, **settings: object) -> Site:
         clients = [
             Watched(pair.client(side, read_timeout=read_timeout)) for pair in (self.first, self.second)
         ]
@@ -122,7 +122,8 @@ class TestGetKeys:
         assert (second.served, second.last_error) == (0, "")
 
     def test_a_kme_that_is_off_is_left_alone_for_a_while(self, links: Links) -> None:
-        a, b = links.site("a", min_backoff=0.5), links.site("b")
+        now = 0.0
+        a, b = links.site("a", clock=lambda: now), links.site("b")
         links.first.stop_kme("a")
         try:
             for _ in range(5):
@@ -137,7 +138,8 @@ class TestGetKeys:
             assert "Connection refused" in a.both.health[0].last_error
         finally:
             links.first.start_kme("a")
-        eventually(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
+        now = PATIENCE
+        assert breaker(a) is BreakerState.HALF_OPEN
         keys = a.both.get_keys("SAE-B")
         assert a.both.served_by(keys[0].key_id) == links.first.url_a
         assert breaker(a) is BreakerState.CLOSED
@@ -145,8 +147,8 @@ class TestGetKeys:
 
     @pytest.mark.parametrize("threads", [8])
     def test_one_probe_while_others_go_on(self, links: Links, threads: int) -> None:
-        a = links.site("a", read_timeout=0.3, threshold=1, min_backoff=0.01, max_backoff=0.01)
-        links.first.faults("a").delay = 1
+        a = links.site("a", read_timeout=1, threshold=1, min_backoff=0.01, max_backoff=0.01)
+        links.first.faults("a").delay = 5
         a.both.get_keys("SAE-B")
         eventually(lambda: a.both.health[0].breaker is BreakerState.HALF_OPEN)
         a.first.at_once = 0
@@ -155,8 +157,8 @@ class TestGetKeys:
         assert a.first.at_once == 1
 
     def test_keys_of_an_answer_that_does_not_come_are_counted(self, links: Links) -> None:
-        a, b = links.site("a", read_timeout=0.2), links.site("b")
-        links.first.faults("a").delay = 1
+        a, b = links.site("a", read_timeout=1), links.site("b")
+        links.first.faults("a").delay = 5
         keys = a.both.get_keys("SAE-B", 7)
         agree(keys, b.both, "SAE-A")
         first, second = a.both.health
@@ -250,9 +252,9 @@ class TestGetKeysByID:
         client.close()
 
     def test_a_kme_that_may_have_delivered_is_not_asked_again(self, links: Links) -> None:
-        a, b = links.site("a"), links.site("b", read_timeout=0.2)
+        a, b = links.site("a"), links.site("b", read_timeout=1)
         keys = a.both.get_keys("SAE-B", 2)
-        links.first.faults("b").delay = 1
+        links.first.faults("b").delay = 5
         with pytest.raises(KMSTimeout) as caught:
             b.both.get_keys_by_id("SAE-A", [key.key_id for key in keys])
         assert caught.value.keys_may_be_lost

@@ -42,7 +42,7 @@ from kms_client.emulator.kme import server_context
 from tests.support.key_managers import Call, Watched, agree
 from tests.support.kme_server import ScriptedKME, client_of, container, http, spellings
 from tests.support.paths import DOCS
-from tests.support.patience import eventually
+from tests.support.patience import PATIENCE, eventually
 
 PEERS = [f"PEER-{number}" for number in range(12)]
 
@@ -91,13 +91,10 @@ class TestWarm:
             assert watched.calls == [("status", "SAE-B", 0)] + [
                 ("get_keys", "SAE-B", number) for number in (20, 20, 10)
             ]
-            kmes.faults("a").delay = 0.5
-            begin = time.monotonic()
-            keys = pool.get_keys("SAE-B", 46, 256)
-            assert time.monotonic() - begin < 0.4
+            with watched.held():
+                keys = pool.get_keys("SAE-B", 46, 256)
             assert {key.kms for key in keys} == {kmes.url_a}
             agree(keys, slave, "SAE-A")
-            kmes.faults("a").delay = 0
             assert pool.statistics.pooled == 4  # which is not below the low mark
             agree(pool.get_keys("SAE-B"), slave, "SAE-A")
             eventually(lambda: pool.statistics.pooled == 50)
@@ -153,17 +150,19 @@ class TestWarm:
         slave.close()
 
     def test_a_key_out_of_a_warm_pool_takes_no_time(self, kmes: RunningPair) -> None:
-        """What it takes is measured by benchmarks/key_pool.py."""
+        """Much less than a key from a KME that is some way off; benchmarks/key_pool.py has the figures."""
+        direct = kmes.client("a")
         with pooled(kmes.client("a"), low_water=20, high_water=80, peers=["SAE-B"]) as (pool, _):
-            kmes.faults("a").delay = 0.02
             eventually(lambda: pool.statistics.pooled == 80)
-            times = []
-            for _ in range(200):
-                begin = time.perf_counter()
-                pool.get_keys("SAE-B")
-                times.append(time.perf_counter() - begin)
-                time.sleep(0.001)
-            assert statistics.median(times) < 0.002
+            kmes.faults("a").delay = 0.1
+            times: dict[KeyManager, list[float]] = {pool: [], direct: []}
+            for _ in range(20):
+                for manager in (pool, pool, pool, direct):
+                    begin = time.perf_counter()
+                    manager.get_keys("SAE-B")
+                    times[manager].append(time.perf_counter() - begin)
+            assert statistics.median(times[pool]) < statistics.median(times[direct]) / 4
+        direct.close()
 
     def test_arguments(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
@@ -213,7 +212,7 @@ class TestFewKeys:
     def test_callers_wait_in_order_and_the_kme_is_not_hammered(self, directory: Path) -> None:
         with (
             run_pair(directory, rate=60, initial=0) as slow,
-            pooled(slow.client("a"), low_water=1, high_water=1, timeout=20) as (pool, watched),
+            pooled(slow.client("a"), low_water=1, high_water=1, timeout=PATIENCE) as (pool, watched),
         ):
             slave = slow.client("b")
             begin = time.monotonic()
@@ -236,29 +235,31 @@ class TestFewKeys:
     def test_the_deadline(self, directory: Path) -> None:
         with (
             run_pair(directory, rate=0, initial=2) as empty,
-            pooled(empty.client("a"), timeout=0.6, max_backoff=0.3) as (pool, watched),
+            pooled(empty.client("a"), timeout=2, max_backoff=0.3) as (pool, watched),
         ):
             assert len(pool.get_keys("SAE-B", 2)) == 2  # all that there are, though more were wanted
             begin = time.monotonic()
             with pytest.raises(
-                NoKeysLeft, match=r"(waited|within) 0\.6.* seconds.*not enough keys"
+                NoKeysLeft, match=r"(waited|within) [23].* seconds.*not enough keys"
             ) as caught:
                 pool.get_keys("SAE-B")
-            assert 0.2 < time.monotonic() - begin < 3
+            seconds = time.monotonic() - begin
+            # The last request may be so near the deadline that the next one would come too late.
+            assert seconds >= 2 - 0.3
             assert caught.value.kms == empty.url_a
             assert caught.value.peer == "SAE-B"
             assert caught.value.status == 503
             assert pool.statistics.waiting == 0
             assert pool.statistics.possibly_lost == 0
             assert pool.statistics.breaker is BreakerState.CLOSED  # the KME is well
-            assert len(watched.calls) <= 24
+            assert len(watched.calls) <= 2 * (seconds / 0.1) + 20
 
     def test_the_deadline_while_the_kme_takes_its_time(self, kmes: RunningPair) -> None:
-        kmes.faults("a").delay = 1
         with (
-            pooled(kmes.client("a"), timeout=0.3) as (pool, _),
+            pooled(kmes.client("a"), timeout=0.3) as (pool, watched),
+            watched.held(),
             pytest.raises(
-                KMSTimeout, match=r"waited 0\.3\d* seconds for 2 keys: the KME has not delivered enough"
+                KMSTimeout, match=r"waited \d+\.\d* seconds for 2 keys: the KME has not delivered enough"
             ),
         ):
             pool.get_keys("SAE-B", 2)
@@ -266,20 +267,20 @@ class TestFewKeys:
     def test_a_deadline_before_the_next_request(self, directory: Path) -> None:
         with (
             run_pair(directory, rate=0, initial=0) as empty,
-            pooled(empty.client("a"), timeout=5, min_backoff=60, max_backoff=60) as (pool, watched),
+            pooled(empty.client("a"), timeout=PATIENCE, min_backoff=600, max_backoff=600) as (pool, watched),
         ):
             for _ in range(3):
                 begin = time.monotonic()
-                with pytest.raises(NoKeysLeft, match="1 key cannot be had within 5 seconds"):
+                with pytest.raises(NoKeysLeft, match=f"1 key cannot be had within {PATIENCE} seconds"):
                     pool.get_keys("SAE-B")
-                assert time.monotonic() - begin < 4
+                assert time.monotonic() - begin < PATIENCE / 2
             assert len(watched.calls) == 2
 
     def test_one_peer_without_keys_does_not_hold_up_others(self) -> None:
         local = LocalKeyManager("A", peers=["empty", "full"])
         for number in range(100):
             local.add("full", f"k{number}", b"x" * 32)
-        with pooled(local, timeout=20) as (pool, _):
+        with pooled(local, timeout=PATIENCE) as (pool, _):
             waiting = Call(lambda: pool.get_keys("empty"))
             eventually(lambda: pool.statistics.failures)
             for _ in range(50):
@@ -292,7 +293,7 @@ class TestFairness:
     def test_peers_take_turns(self, kmes: RunningPair) -> None:
         kmes.faults("a").delay = 0.01
         greedy_ends = threading.Event()
-        with pooled(kmes.client("a"), low_water=1, high_water=1, timeout=20) as (pool, watched):
+        with pooled(kmes.client("a"), low_water=1, high_water=1, timeout=PATIENCE) as (pool, watched):
 
             def greedy() -> list[QKDKey]:
                 while not greedy_ends.is_set():
@@ -301,8 +302,10 @@ class TestFairness:
 
             everybody = [Call(greedy) for _ in range(4)]
             eventually(lambda: len(watched.numbers) > 4)
-            start = len(watched.calls)
-            modest = [Call(partial(pool.get_keys, peer)) for peer in PEERS]
+            with watched.held():
+                start = len(watched.calls)
+                modest = [Call(partial(pool.get_keys, peer)) for peer in PEERS]
+                eventually(lambda: pool.statistics.waiting >= len(PEERS) + 3)
             for call in modest:
                 assert len(call.join().keys or []) == 1
             greedy_ends.set()
@@ -315,14 +318,18 @@ class TestFairness:
         kmes.faults("a").delay = 0
 
     def test_fetching_ahead_comes_after_callers(self, kmes: RunningPair) -> None:
-        kmes.faults("a").delay = 0.05
-        with pooled(kmes.client("a"), low_water=20, high_water=20, peers=PEERS) as (pool, watched):
-            eventually(lambda: watched.calls)
-            pool.get_keys("SAE-B")
+        with pooled(kmes.client("a"), low_water=20, high_water=20, timeout=PATIENCE, peers=PEERS) as (
+            pool,
+            watched,
+        ):
+            with watched.held():
+                eventually(lambda: watched.calls)
+                call = Call(lambda: pool.get_keys("SAE-B"))
+                eventually(lambda: pool.statistics.waiting == 1)
+            assert call.join().error is None
             asked = [peer for name, peer, _ in watched.calls if name == "get_keys"]
             assert asked.index("SAE-B") <= 1
             eventually(lambda: pool.statistics.pooled >= 20 * len(PEERS))
-        kmes.faults("a").delay = 0
 
 
 class TestTrouble:
@@ -352,16 +359,14 @@ class TestTrouble:
     def test_a_kme_that_hangs(self, directory: Path) -> None:
         with (
             run_pair(directory, rate=0, initial=200) as pair,
-            pooled(pair.client("a", read_timeout=0.2), timeout=0.8) as (pool, watched),
+            pooled(pair.client("a", read_timeout=1), timeout=3) as (pool, watched),
         ):
             pool.get_keys("SAE-B", 13)
             eventually(lambda: pool.statistics.pooled == 16)
-            pair.faults("a").delay = 1
+            pair.faults("a").delay = 5
             pool.get_keys("SAE-B", 13)  # 13 more are asked for, and the answer does not come
-            begin = time.monotonic()
-            with pytest.raises(KMSTimeout, match=r"4 keys.*no complete answer within 0\.2 seconds"):
+            with pytest.raises(KMSTimeout, match=r"4 keys.*no complete answer within 1 seconds"):
                 pool.get_keys("SAE-B", 4)
-            assert time.monotonic() - begin < 3
             requests = len(watched.numbers)
             assert pool.statistics.possibly_lost == watched.numbers[-1] > 1
             pair.faults("a").delay = 0
@@ -370,7 +375,7 @@ class TestTrouble:
 
     def test_a_refused_certificate_is_told_at_once(self, kmes: RunningPair) -> None:
         stranger = kmes.client("a", cert=kmes.pki.sae_b_cert, key=kmes.pki.sae_b_key)
-        with pooled(stranger, timeout=30, min_backoff=0.3) as (pool, watched):
+        with pooled(stranger, timeout=PATIENCE, min_backoff=0.3) as (pool, watched):
             ends = threading.Barrier(4)
             watched.failing = lambda _: eventually(lambda: ends.n_waiting == 3)
 
@@ -389,18 +394,18 @@ class TestTrouble:
             ends.wait()
             for call in threads:
                 assert isinstance(call.join().error, KMSAuthenticationError)
-            assert time.monotonic() - begin < 10
+            assert time.monotonic() - begin < PATIENCE / 2
             asked = len(watched.calls)
             time.sleep(0.5)
             assert len(watched.calls) == asked  # nobody asks, so the KME is not asked either
 
     def test_a_wrong_peer_is_told_at_once_and_others_are_served(self, kmes: RunningPair) -> None:
-        with pooled(kmes.client("a"), timeout=30) as (pool, watched):
+        with pooled(kmes.client("a"), timeout=PATIENCE) as (pool, watched):
             for _ in range(3):
                 begin = time.monotonic()
                 with pytest.raises(UnknownSAE, match="nobody"):
                     pool.get_keys("nobody")
-                assert time.monotonic() - begin < 10
+                assert time.monotonic() - begin < PATIENCE / 2
             assert len(pool.get_keys("SAE-B")) == 1
             assert len([peer for _, peer, _ in watched.calls if peer == "nobody"]) <= 3
 
@@ -599,7 +604,7 @@ assert not any(key.used for key in held)
 assert pool.get_keys("B")[0].key_id == held[0].key_id
 pool.close()
 """
-        subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=PATIENCE)
 
     def test_what_a_child_does_after_the_fork(self) -> None:
         a, _ = LocalKeyManager.pair("A", "B")
@@ -630,9 +635,9 @@ def served(pool: KeyPool) -> bool:
 def test_no_key_is_logged(kmes: RunningPair, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     told: list[Callable[[], object]] = []
-    with pooled(kmes.client("a", read_timeout=0.3), timeout=1) as (pool, _):
+    with pooled(kmes.client("a", read_timeout=1), timeout=3) as (pool, _):
         keys = pool.get_keys("SAE-B", 10)
-        kmes.faults("a").delay = 1
+        kmes.faults("a").delay = 5
         with pytest.raises(KMSTimeout) as caught:
             pool.get_keys("SAE-B", 100)
         kmes.faults("a").delay = 0

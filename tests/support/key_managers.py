@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kms_client import KeyManager, KMSError, KMSStatus, QKDKey
+from tests.support.patience import PATIENCE
 
 
 class Watched:
@@ -28,7 +29,18 @@ class Watched:
         self.at_once = self._under_way = 0
         self.closed = False
         self.failing: Callable[[str], object] = lambda _: None
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
         self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let calls wait until the block ends."""
+        self._may_go_on.clear()
+        try:
+            yield
+        finally:
+            self._may_go_on.set()
 
     @property
     def numbers(self) -> list[int]:
@@ -60,6 +72,7 @@ class Watched:
             self._under_way += 1
             self.at_once = max(self.at_once, self._under_way)
         try:
+            assert self._may_go_on.wait(2 * PATIENCE)
             self.failing(call)
             yield
         finally:
@@ -86,7 +99,7 @@ class Call:
         self.ended = time.monotonic()
 
     def join(self) -> Call:
-        self._thread.join(30)
+        self._thread.join(2 * PATIENCE)
         assert not self._thread.is_alive()
         return self
 

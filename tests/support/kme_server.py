@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from kms_client import Etsi014Client
 from kms_client.emulator import DemoPKI
 from kms_client.emulator.kme import server_context
+from tests.support.patience import PATIENCE
 
 Answer = bytes | Callable[[ssl.SSLSocket], None]
 
@@ -42,7 +43,7 @@ class ScriptedKME:
     ) -> None:
         self.requests: list[tuple[str, bytes]] = []
         self.headers: list[dict[str, str]] = []
-        self.connections = 0
+        self.connections = self.ended = 0
         self.answers = answers
         self._context = context
         if unix_socket is None:
@@ -69,13 +70,14 @@ class ScriptedKME:
             except OSError:
                 return
             self.connections += 1
-            raw.settimeout(5)
+            raw.settimeout(PATIENCE)
             with (
                 raw,
                 contextlib.suppress(OSError),
                 self._context.wrap_socket(raw, server_side=True) as sock,
             ):
                 self._answer(sock)
+            self.ended += 1
 
     def _answer(self, sock: ssl.SSLSocket) -> None:
         with sock.makefile("rb") as file:

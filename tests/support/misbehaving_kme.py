@@ -17,6 +17,7 @@ from kms_client.credentials import client_context
 from kms_client.doctor import Finding, Report, SAECredentials, Setting, Side, Verdict, examine
 from kms_client.emulator import DemoPKI, RunningPair
 from kms_client.emulator.kme import server_context
+from tests.support.patience import PATIENCE
 
 
 class Request(NamedTuple):
@@ -79,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
     disable_nagle_algorithm = True
-    timeout = 5
+    timeout = PATIENCE
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, caller: dict[str, Any]) -> Answered:
         upstream, context = self.server.upstream, self.server.context_of(caller)
         connection = http.client.HTTPSConnection(
-            upstream.hostname or "", upstream.port, context=context, timeout=5)  # fmt: skip
+            upstream.hostname or "", upstream.port, context=context, timeout=PATIENCE)  # fmt: skip
         try:
             headers = {"Content-Type": "application/json"} if body else {}
             connection.request(self.command, self.path, body or None, headers)

@@ -1,7 +1,8 @@
-"""Hooks of pytest: tests that are skipped for want of something, and the line that says what to install."""
+"""Hooks of pytest: how many processes run tests, and what to install for those that were skipped for want of it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -12,6 +13,12 @@ from tests.support.requirements import Missing, advice
 __all__: list[str] = []
 
 _PROPERTY = "missing"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    # Tests of servers and of time limits wait half of the time.
+    return max(2, (os.cpu_count() or 1) * 3 // 2)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

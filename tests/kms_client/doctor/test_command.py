@@ -13,16 +13,23 @@ from pathlib import Path
 import pytest
 
 from kms_client.cli import main
-from kms_client.doctor import ExaminedSide, Finding, Report, Verdict
+from kms_client.doctor import ExaminedSide, Finding, Report, Verdict, checks
 from kms_client.doctor.report_html import html
 from kms_client.doctor.report_text import text
 from kms_client.emulator import RunningPair, add_sae, run_pair
 from tests.support.kme_server import spellings
 from tests.support.misbehaving_kme import Answered, Request, answered, twisted
+from tests.support.patience import PATIENCE
 
 WITHOUT_EMULATOR = (
     "import sys; sys.modules['aiohttp'] = None; from kms_client.cli import main; sys.exit(main())"
 )
+
+
+@pytest.fixture(autouse=True)
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a slow machine be no finding about the KME."""
+    monkeypatch.setattr(checks, "_SLOW", PATIENCE)
 
 
 @pytest.fixture(scope="module")

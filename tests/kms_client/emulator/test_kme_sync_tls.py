@@ -19,7 +19,7 @@ from kms_client.emulator.kme import server_context
 from kms_client.emulator.kme_sync import PeerKMEDown
 from kms_client.emulator.kme_sync_tls import ConnectingSync, ListeningSync, client_context
 from kms_client.emulator.store import KeyStore
-from tests.support.patience import eventually_in_loop
+from tests.support.patience import PATIENCE, eventually_in_loop
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> DemoPKI:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RETRY", 0.02)
-    monkeypatch.setattr(module, "_ACK_TIMEOUT", 0.3)
+    monkeypatch.setattr(module, "_ACK_TIMEOUT", PATIENCE)
 
 
 class Ends:
@@ -137,7 +137,9 @@ def test_an_assignment_that_the_other_end_refuses(pki: DemoPKI) -> None:
 
 
 @pytest.mark.parametrize("act", ["silent", "cut", "garbage", "odd"])
-def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str) -> None:
+def test_a_peer_that_does_not_acknowledge(pki: DemoPKI, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ACK_TIMEOUT", 0.3)
+
     async def test() -> None:
         ends = Ends(pki, 0, 5)
         port = await ends.a.start("127.0.0.1", 0)

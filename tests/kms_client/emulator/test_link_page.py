@@ -23,6 +23,7 @@ from kms_client.emulator import ensure_demo_pki
 from kms_client.emulator.link.controls import Controls
 from kms_client.emulator.link.figures import Block, Figures
 from kms_client.emulator.watch import WatchPage
+from tests.support.patience import PATIENCE
 from tests.support.requirements import debian
 
 JSON = {"Content-Type": "application/json"}
@@ -76,7 +77,9 @@ class Site:
     def request(
         self, method: str, path: str, body: str | bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", urlsplit(self.page.url).port or 0, timeout=20)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", urlsplit(self.page.url).port or 0, timeout=PATIENCE
+        )
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -201,6 +204,7 @@ def browser_page() -> Iterator[Page]:
         raise debian("chromium").missing()
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     with sync_playwright() as playwright:
+        expect.set_options(timeout=1000 * PATIENCE)
         browser = playwright.chromium.launch(executable_path=binary, args=arguments)
         page = browser.new_page(viewport={"width": 1160, "height": 1500})
         yield page
@@ -390,8 +394,8 @@ def running_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningLi
 @pytest.fixture
 def live(browser_page: Page, running_link: RunningLink) -> Iterator[Page]:
     browser_page.goto(running_link.page)
-    expect(browser_page.locator("#state")).to_have_text("running", timeout=30_000)
-    expect(browser_page.locator("#blocks")).to_have_text(re.compile("^[1-9][0-9]* kept"), timeout=30_000)
+    expect(browser_page.locator("#state")).to_have_text("running")
+    expect(browser_page.locator("#blocks")).to_have_text(re.compile("^[1-9][0-9]* kept"))
     yield browser_page
     browser_page.goto("about:blank")
 
@@ -405,7 +409,7 @@ def wait_for_more_blocks(page: Page) -> None:
     page.wait_for_function(
         "(before) => parseInt(document.querySelector('#blocks').textContent) > before + 1",
         arg=before,
-        timeout=30_000,
+        timeout=1000 * PATIENCE,
     )
 
 
@@ -420,7 +424,7 @@ def test_keys_of_a_real_link(live: Page, running_link: RunningLink) -> None:
 
 def test_an_eavesdropper_shows(live: Page) -> None:
     live.get_by_label("Eve intercepts and resends").fill("100")
-    expect(live.locator("#qber")).to_have_text(re.compile(r"^2[456]\.\d+ %$"), timeout=30_000)
+    expect(live.locator("#qber")).to_have_text(re.compile(r"^2[456]\.\d+ %$"))
     expect(live.locator("#blocks-note")).to_contain_text("QBER above the threshold")
     before = kept(live)
     live.wait_for_timeout(2000)
@@ -433,10 +437,10 @@ def test_an_eavesdropper_shows(live: Page) -> None:
 @pytest.mark.parametrize("deed", ["change", "replay"])
 def test_a_man_in_the_middle_shows(live: Page, deed: str) -> None:
     live.get_by_label("Man in the middle").select_option(deed)
-    expect(live.locator("#reserve-note")).not_to_contain_text("forgeries: 0", timeout=30_000)
-    expect(live.locator("#events")).to_contain_text("is not authentic", timeout=30_000)
+    expect(live.locator("#reserve-note")).not_to_contain_text("forgeries: 0")
+    expect(live.locator("#events")).to_contain_text("is not authentic")
     live.get_by_label("Man in the middle").select_option("off")
-    expect(live.locator("#state")).to_have_text("running", timeout=30_000)
+    expect(live.locator("#state")).to_have_text("running")
     wait_for_more_blocks(live)
 
 
@@ -444,5 +448,5 @@ def test_a_cut_shows(live: Page) -> None:
     live.get_by_label("Link cut").check()
     expect(live.locator("#state")).to_contain_text("down")
     live.get_by_label("Link cut").uncheck()
-    expect(live.locator("#state")).to_have_text("running", timeout=30_000)
+    expect(live.locator("#state")).to_have_text("running")
     wait_for_more_blocks(live)

@@ -30,6 +30,7 @@ from kms_client import (
 from kms_client.emulator import Limits, RunningPair, run_pair
 from qkd_tls import QKDInfo, create_default_context
 from qkd_tls.psk_context import PSKContext
+from tests.support.patience import PATIENCE
 
 SECRET = bytes(range(48))
 
@@ -126,7 +127,7 @@ class TestMutualTLS:
 
         def status(method: str, path: str) -> int:
             return requests.request(
-                method, pair.url_a + path, cert=cert, verify=str(pair.pki.kms_ca), timeout=5
+                method, pair.url_a + path, cert=cert, verify=str(pair.pki.kms_ca), timeout=PATIENCE
             ).status_code
 
         paths = ("/capabilities", "/key?remoteSystemID=SAE-B", "/key/00?remoteSystemID=SAE-B", "/entropy")
@@ -180,7 +181,7 @@ class TestWithOthers:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             near = socket.create_connection(listening.getsockname(), 20)
             far, _ = listening.accept()
-        far.settimeout(20)
+        far.settimeout(PATIENCE)
         infos: list[QKDInfo | None] = []
 
         def serve() -> None:
@@ -220,7 +221,7 @@ class PSKProvider(ThreadingHTTPServer):
         self._context = PSKContext("SAE-A", SECRET, server_side=True)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        request.settimeout(5)
+        request.settimeout(PATIENCE)
         with contextlib.suppress(OSError), self._context.wrap_socket(request) as tls:
             super().finish_request(tls, client_address)
 

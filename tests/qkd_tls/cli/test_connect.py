@@ -169,9 +169,9 @@ def test_what_moves_one_way_only_is_not_idle(client_site: Site, server_site: Sit
     with server_site.start("serve", "127.0.0.1:0", "--chat", "-q", "--json") as chat:
         assert chat.stdout is not None
         address = json.loads(chat.stdout.readline())["listening"].replace("127.0.0.1", "localhost")
-        with client_site.start("connect", address, "--idle", "1.5") as process:
+        with client_site.start("connect", address, "--idle", "2.5") as process:
             assert process.stdin is not None
-            for _ in range(8):
+            for _ in range(9):
                 process.stdin.write(ECHO)
                 process.stdin.flush()
                 time.sleep(0.3)

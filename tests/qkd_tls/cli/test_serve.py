@@ -145,15 +145,18 @@ def test_what_is_not_tls_is_said_and_others_are_served(client_site: Site, server
 
 
 def test_silent_and_idle_clients_are_let_go(client_site: Site, server_site: Site) -> None:
-    with running_server(server_site, "--timeout", "0.2", "--idle", "0.2") as running:
+    with running_server(server_site, "--timeout", "0.2") as running:
         port = int(running.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as plain:
             assert plain.recv(1) == b""
         assert "handshake operation timed out" in running.record()["error"]["message"]
-        with client_site.start("connect", running.address, "-q") as process:
-            assert running.record()["qkd"]["protection"] == "hybrid"
-            assert "timed out" in running.record()["error"]["message"]
-            process.wait(TIMEOUT)
+    with (
+        running_server(server_site, "--idle", "0.2") as running,
+        client_site.start("connect", running.address, "-q") as process,
+    ):
+        assert running.record()["qkd"]["protection"] == "hybrid"
+        assert "timed out" in running.record()["error"]["message"]
+        process.wait(TIMEOUT)
 
 
 @pytest.mark.parametrize("listen", ["0", "[::1]:0"])

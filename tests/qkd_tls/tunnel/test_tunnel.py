@@ -390,10 +390,11 @@ class TestLimits:
     def test_idle(self, sites: Sites, tmp_path: Path) -> None:
         with (
             Backend(echo) as backend,
-            both_tunnels(sites, tmp_path, backend.address, client="idle_timeout = 0.5\n") as (client, _),
+            both_tunnels(sites, tmp_path, backend.address, client="idle_timeout = 2\n") as (client, _),
         ):
             with dial(client.address()) as app:
-                for _ in range(4):
+                # Longer than that in all, but never at a time.
+                for _ in range(11):
                     exchange(app)
                     app.settimeout(0.2)
                     with pytest.raises(TimeoutError):
@@ -416,7 +417,7 @@ class TestLimits:
             assert (line["ended"], line["clean"]) == ("idle", False)
 
     def test_max_age_ends_a_quiet_connection_gently(self, sites: Sites, tmp_path: Path) -> None:
-        more = "max_age = 0.3\nquiet = 0.2\n"
+        more = "max_age = 0.3\nquiet = 1\n"
         with (
             Backend(echo) as backend,
             both_tunnels(sites, tmp_path, backend.address, client=more) as (client, server),
@@ -444,7 +445,7 @@ class TestLimits:
             assert server.audit()[0]["ended"] == "max_age"
 
     def test_max_age_resets_what_never_is_quiet(self, sites: Sites, tmp_path: Path) -> None:
-        more = "max_age = 0.2\nmax_age_grace = 0.6\nquiet = 0.5\n"
+        more = "max_age = 0.2\nmax_age_grace = 0.6\nquiet = 60\n"
         with (
             Backend(echo) as backend,
             both_tunnels(sites, tmp_path, backend.address, client=more) as (client, _),

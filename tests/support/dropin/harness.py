@@ -23,6 +23,7 @@ from kms_client import Etsi014Client
 from kms_client.emulator import RunningPair
 from qkd_tls import QKDInfo, create_default_context
 from tests.support.patience import PATIENCE
+from tests.support.sizes import sized
 from tests.support.sockets import Authority, Identity
 
 __all__ = [
@@ -46,8 +47,8 @@ __all__ = [
     "truncate",
 ]
 
-PAYLOAD: Final = random.Random(14).randbytes(10_000_000)
-"""10 MB that cannot be compressed."""
+PAYLOAD: Final = random.Random(14).randbytes(sized(10_000_000, 1_000_000))
+"""10 MB at full size, that cannot be compressed."""
 
 HALF: Final = b"half"
 """What comes before a stream ends early."""
