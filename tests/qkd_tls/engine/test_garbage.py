@@ -27,7 +27,7 @@ from tests.support.scenarios import LONG_WAY, OFF, PREFER, SCENARIOS, Scenario, 
 
 pytestmark = pytest.mark.pure
 
-ROUNDS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+ROUNDS = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def well_behaved(world: World, conversation: Conversation) -> None:

@@ -32,7 +32,7 @@ def dense(bits: Bits, seed: Bits, length: int) -> Bits:
     return ((matrix.astype(np.int64) @ bits) % 2).astype(np.uint8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 600), st.data())
 def test_it_is_the_product_with_a_dense_matrix(bits: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, bits - 1))
