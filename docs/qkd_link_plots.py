@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from kms_client.emulator.link.photonics.analytic import (
     asymptotic_rate,
@@ -63,7 +64,7 @@ def simulated_share(seen: ExperimentCounts, optics: Optics) -> float:
 
 
 def qber_points(
-    axes: Axes, x: np.ndarray, counts: list[tuple[int, int]], marker: str, label: str | None
+    axes: Axes, x: NDArray[np.float64], counts: list[tuple[int, int]], marker: str, label: str | None
 ) -> None:
     """Plot error rates in percent with their standard errors, from the numbers of errors and detections."""
     errors, detected = np.array(counts).T
@@ -81,7 +82,12 @@ def qber_points(
 
 
 def curve(
-    axes: Axes, x: np.ndarray, function: Callable[[float], float], label: str, color: str, style: str = "-"
+    axes: Axes,
+    x: NDArray[np.float64],
+    function: Callable[[float], float],
+    label: str,
+    color: str,
+    style: str = "-",
 ) -> None:
     """Draw a line wherever the function is above 0."""
     y = np.array([function(float(value)) for value in x])

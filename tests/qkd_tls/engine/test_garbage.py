@@ -28,7 +28,7 @@ from tests.support.sizes import sized
 
 pytestmark = pytest.mark.pure
 
-ROUNDS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+ROUNDS = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def well_behaved(world: World, conversation: Conversation) -> None:

@@ -71,7 +71,8 @@ def amplify(bits: NDArray[np.uint8], seed: NDArray[np.uint8], length: int) -> ND
     product = np.fft.rfft(seed.astype(np.float64), size)
     product *= np.fft.rfft(bits[:columns].astype(np.float64), size)
     sums = np.fft.irfft(product, size)[columns - 1 : expected]
-    return (np.rint(sums).astype(np.int64) & 1).astype(np.uint8) ^ kept
+    parities: NDArray[np.uint8] = (np.rint(sums).astype(np.int64) & 1).astype(np.uint8)
+    return parities ^ kept
 
 
 def _check_lengths(bits: int, length: int) -> None:

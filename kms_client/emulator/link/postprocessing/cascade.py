@@ -324,7 +324,8 @@ class _Search:
             self.searched.split(np.concatenate(self._asked), np.concatenate(self._told))
         else:
             self.searched.odd[:] = 0
-        return self.searched.order[self._low]
+        places: Places = self.searched.order[self._low]
+        return places
 
 
 def _start_question(bits: int) -> bytes:

@@ -219,7 +219,7 @@ def test_answers_of_a_wrong_length_or_with_padding_are_refused() -> None:
     bob.take(answer)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_lies_of_the_reference_end_in_an_error_or_a_block(data: st.DataObject) -> None:
     """Arbitrary parities of the right length: the corrector ends, and has told no more than the block."""
@@ -237,7 +237,7 @@ def test_lies_of_the_reference_end_in_an_error_or_a_block(data: st.DataObject) -
     pytest.fail("the corrector goes on asking")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=100))
 def test_garbage_is_answered_or_refused(question: bytes) -> None:
     alice = started()
@@ -249,7 +249,7 @@ def test_garbage_is_answered_or_refused(question: bytes) -> None:
     assert len(answer) == -(-(alice.leaked_bits - leaked) // 8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(300, 3000), st.floats(0, 0.08), st.integers(0, 1 << 30))
 def test_blocks_of_all_lengths_become_equal(bits: int, rate: float, seed: int) -> None:
     """Nearly always: one error more or less is what verification is for."""

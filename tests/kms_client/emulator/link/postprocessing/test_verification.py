@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 3000), st.data())
 def test_equal_blocks_pass_and_one_wrong_bit_is_found(bits: int, data: st.DataObject) -> None:
     block = np.random.default_rng(bits).integers(0, 2, bits, dtype=np.uint8)
