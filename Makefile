@@ -14,6 +14,8 @@ VENV ?= .venv
 CONSTRAINTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# On all cores: how many processes that are, tests/support/plugin.py says.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 INSTALL := $(PIP) install $(CONSTRAINTS:%=--constraint %)
 
 .PHONY: demo lint check essentials test others matrix docs bench clean
@@ -28,16 +30,16 @@ lint: $(VENV)/test.stamp
 
 # Only the files that have pure tests: to import all others takes longer than to run these.
 check: lint
-	$(BIN)/python -m pytest -m pure $$(grep -rlF pytest.mark.pure tests --include='test_*.py') $(PYTEST_ARGS)
+	$(PYTEST) -m pure $$(grep -rlF pytest.mark.pure tests --include='test_*.py') $(PYTEST_ARGS)
 
 ESSENTIAL := $(addprefix tests/,qkd_tls/engine qkd_tls/aio qkd_tls/test_*.py kms_client/test_*.py)
 
 essentials: check
-	$(BIN)/python -m pytest -m "not pure and not slow" $(ESSENTIAL) $(PYTEST_ARGS)
+	$(PYTEST) -m "not pure and not slow" $(ESSENTIAL) $(PYTEST_ARGS)
 
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 # Of each version one: from the PATH, or from pyenv, whose commands on the PATH do not always start.
 PYTHONS ?= $(shell for version in 3.11 3.12 3.13 3.14; do \
