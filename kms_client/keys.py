@@ -7,8 +7,8 @@ secret, buffers of the TLS and JSON libraries, memory swapped to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from kms_client.errors import KeyAlreadyUsed, shown
@@ -68,23 +68,13 @@ class QKDKey:
         """True once the secret was taken for use, or wiped."""
         return not self._unused
 
-    @contextmanager
-    def use(self) -> Iterator[bytearray]:
+    def use(self) -> AbstractContextManager[bytearray]:
         """Lend the secret for the length of a `with` block, once; wipe it on leaving the block.
 
         Raises:
             KeyAlreadyUsed: on entering the block, if the key was used or wiped before, by any thread.
         """
-        try:
-            secret = self._unused.pop()
-        except IndexError:
-            raise KeyAlreadyUsed(
-                "this QKD key was used already", kms=self._kms, key_ids=[self._key_id]
-            ) from None
-        try:
-            yield secret
-        finally:
-            _zero(secret)
+        return _Use(self)
 
     def wipe(self) -> None:
         """Overwrite an unused secret. One in use is left to its user: leaving the block wipes it."""
@@ -112,6 +102,28 @@ def wipe_keys(keys: Iterable[QKDKey]) -> None:
     """Wipe keys that will not be used."""
     for key in keys:
         key.wipe()
+
+
+class _Use:
+    """The `with` block of one use. A generator would take 9 of a handshake's 650 microseconds, both sides together."""
+
+    __slots__ = ("_key", "_secret")
+
+    def __init__(self, key: QKDKey) -> None:
+        self._key = key
+
+    def __enter__(self) -> bytearray:
+        key = self._key
+        try:
+            self._secret = key._unused.pop()
+        except IndexError:
+            raise KeyAlreadyUsed(
+                "this QKD key was used already", kms=key._kms, key_ids=[key._key_id]
+            ) from None
+        return self._secret
+
+    def __exit__(self, *_: object) -> None:
+        _zero(self._secret)
 
 
 def _zero(secret: bytearray) -> None:
