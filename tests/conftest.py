@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import gc
+import socket
+import subprocess
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,36 +33,44 @@ settings.load_profile("tests")
 
 # --- the marker `pure`
 
-# Python tells of time.sleep from 3.13 on.
-_IMPURE = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "time.sleep"})
-_pure_test_runs = False
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a pure test that uses a socket, starts a program or sleeps. Its fixtures may: others share them."""
-    global _pure_test_runs
-    _pure_test_runs = item.get_closest_marker("pure") is not None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("pure") is not None:
+            for owner, name in (
+                (socket.socket, "bind"),
+                (socket.socket, "connect"),
+                (subprocess.Popen, "__init__"),
+                (time, "sleep"),
+            ):
+                patch.setattr(owner, name, _refusing(f"{owner.__name__}.{name}", getattr(owner, name)))
         return (yield)
-    finally:
-        _pure_test_runs = False
 
 
-def _audit(event: str, _: tuple[object, ...]) -> None:
-    # Servers of other tests may still run in other threads.
-    if (
-        not _pure_test_runs
-        or event not in _IMPURE
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        return
-    # The first test that asks for KEMs has liboqs looked for, which starts ldconfig.
-    if not any(frame.f_globals.get("__name__") == "ctypes.util" for frame, _ in traceback.walk_stack(None)):
-        pytest.fail(f"this test is marked as pure, but led to {event}")
+def _refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        # Servers of other tests may still run in other threads. The first test that asks for KEMs has liboqs looked
+        # for, which starts ldconfig.
+        if threading.current_thread() is threading.main_thread() and not any(
+            frame.f_globals.get("__name__") == "ctypes.util" for frame, _ in traceback.walk_stack(None)
+        ):
+            pytest.fail(f"this test is marked as pure, but led to {what}")
+        return original(*arguments, **options)
+
+    return refuse
 
 
-sys.addaudithook(_audit)
+# --- what a test leaves behind
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Have what a module's tests forgot to close told of there, and not when a collector comes by later."""
+    yield
+    gc.collect()
+
 
 # --- certificates
 

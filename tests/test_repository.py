@@ -9,6 +9,7 @@ import re
 import shlex
 import socket
 import subprocess
+import time
 import tomllib
 from collections import Counter
 from graphlib import TopologicalSorter
@@ -194,12 +195,13 @@ def test_the_oldest_dependencies_are_the_lower_bounds() -> None:
     assert [line for line in oldest if not line.startswith("#")] == sorted(pins, key=str.lower)
 
 
-def test_a_pure_test_uses_no_socket_and_starts_no_program() -> None:
+def test_a_pure_test_uses_no_socket_starts_no_program_and_does_not_sleep() -> None:
     with socket.socket() as sock:
         for impure in (
             lambda: sock.bind(("127.0.0.1", 0)),
             lambda: sock.connect(("127.0.0.1", 9)),
             lambda: subprocess.run(["true"], check=True),
+            lambda: time.sleep(0),
         ):
             with pytest.raises(pytest.fail.Exception, match="this test is marked as pure, but led to"):
                 impure()
