@@ -15,7 +15,7 @@ __all__: list[str] = []
 _PROPERTY = "missing"
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     # Tests of servers and of time limits wait half of the time.
     return max(2, (os.cpu_count() or 1) * 3 // 2)
