@@ -272,6 +272,8 @@ class Endpoint:
         self._take_over(engine.connection)
         self._info = info
         self._driver.end()
+        # A driver may hold the transport, which holds the connection.
+        self._driver = _IN_THIS_THREAD
         self._context._count("accept_good" if self.server_side else "connect_good")
         self._warn(info)
 
