@@ -151,6 +151,15 @@ def test_docstrings_begin_with_a_verb_or_a_noun(name: str) -> None:
     assert [text for text in strings if questions.match(text)] == []
 
 
+def test_folders_of_tests_hold_tests_only() -> None:
+    """What tests share is in `support`, and fixtures that folders share are in the one conftest.py."""
+    folders = [
+        path for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name not in ("shim", "support")
+    ]
+    names = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*.py")}
+    assert [name for name in names if not re.search(r"/(test_\w+|__init__)\.py$", name)] == []
+
+
 def classes_of(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_"]
