@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final, TypeAlias
 
 from kms_client import KeyManager, KMSError, KMSUnavailable, QKDKey, wipe_keys
@@ -51,19 +52,21 @@ def ask_in_thread(
     request: KeyRequest,
     deliver: Callable[[FetchResult], None],
 ) -> None:
-    """Call the key manager in a thread, then `deliver` in the loop; wipe the keys if the loop is closed."""
+    """Call the key manager in a thread, then `deliver` in a turn of the loop; wipe the keys if the loop is closed."""
 
     def hand_over(done: Future[FetchResult]) -> None:
         result = done.result()
         try:
-            loop.call_soon_threadsafe(deliver, result)
+            # In its turn: with the keys the handshake goes on, and many answers may come at once.
+            loop.call_soon_threadsafe(turns.queue, partial(deliver, result))
         except RuntimeError:
             wipe_keys([] if isinstance(result, KMSError) else result)
 
+    turns = Turns.of(loop)
     # One at a time: many threads that begin together take the interpreter from the loop.
     turn = loop.create_future()
     turn.add_done_callback(lambda _: _threads.submit(request, manager).add_done_callback(hand_over))
-    Turns.of(loop).queue(turn)
+    turns.queue(turn)
 
 
 def _fetch(request: KeyRequest, manager: KeyManager) -> FetchResult:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,10 +21,10 @@ from typing import Any, Final
 
 import pytest
 
-from kms_client import Etsi014Client
+from kms_client import Etsi014Client, KeyManager, QKDKey
 from kms_client.emulator import run_pair
 from qkd_tls import QKDContext, aio, create_default_context
-from qkd_tls.engine import State
+from qkd_tls.engine import Event, State
 from tests.support.patience import PATIENCE
 from tests.support.sizes import sized
 from tests.support.sockets import TIMEOUT, Lab, tcp_pair
@@ -303,6 +304,50 @@ def test_others_have_their_turn_between_handshakes(
 
     asyncio.run(main())
     assert max(steps) < sum(steps) / 10, (max(steps), sum(steps))
+
+
+class AllAtOnce:
+    """A key manager that answers when so many have asked."""
+
+    def __init__(self, inner: KeyManager, number: int) -> None:
+        self.protocol, self.name, self.sae_id = inner.protocol, inner.name, inner.sae_id
+        self.status, self.get_keys_by_id, self.close = inner.status, inner.get_keys_by_id, inner.close
+        self._inner, self._all = inner, threading.Barrier(number)
+
+    def get_keys(self, peer_sae_id: str, number: int = 1, size: int | None = 256) -> list[QKDKey]:
+        keys = self._inner.get_keys(peer_sae_id, number, size)
+        self._all.wait(PATIENCE)
+        return keys
+
+
+@pytest.mark.parametrize("shake_hands", [all_streams, all_sockets], ids=["streams", "sockets"])
+def test_answers_that_come_at_once_take_turns(
+    local: Lab, shake_hands: Callable[[QKDContext, QKDContext, int], Coroutine[Any, Any, None]]
+) -> None:
+    number = aio.MAX_KMS_REQUESTS - 4
+    answers = [0]
+    """Taken by clients, in each turn of the loop."""
+    client = local.client(key_manager=AllAtOnce(local.manager("client"), number))
+
+    def observe(step: Any) -> None:
+        answers[-1] += step.event is Event.KEYS
+
+    client.observer = observe
+
+    async def main() -> None:
+        async with asyncio.timeout(TIMEOUT):
+            turning = asyncio.create_task(others())
+            await shake_hands(client, local.server(), number)
+            turning.cancel()
+
+    async def others() -> None:
+        while True:
+            await asyncio.sleep(0)
+            answers.append(0)
+
+    asyncio.run(main())
+    assert sum(answers) == number
+    assert max(answers) < number / 2
 
 
 def test_the_end_of_the_stream_does_not_overtake_an_alert(local: Lab) -> None:
