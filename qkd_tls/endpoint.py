@@ -41,6 +41,7 @@ __all__ = [
     "Endpoint",
     "EndpointContext",
     "EndpointEngine",
+    "HoldingDriver",
     "KeyRequest",
     "KeysWanted",
     "NotThroughTheStandardLibrary",
@@ -174,6 +175,25 @@ class Driver:
 
     def end(self) -> None:
         """Note that the handshake is complete."""
+
+
+class HoldingDriver(Driver):
+    """The base of drivers that give the engine its keys later: it holds the engine while the handshake lasts."""
+
+    _engine: EndpointEngine | None = None
+
+    def begin(self, engine: EndpointEngine) -> None:
+        """Remember the engine, until the end."""
+        self._engine = engine
+
+    def end(self) -> None:
+        """Let go of the engine."""
+        self._engine = None
+
+    def give_up(self) -> None:
+        """End the handshake for good: wipe its secrets, and keys that are still to come."""
+        if self._engine is not None:
+            self._engine.abort()
 
 
 _IN_THIS_THREAD: Final = Driver()

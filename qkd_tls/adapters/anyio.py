@@ -10,21 +10,17 @@ from anyio.streams.tls import TLSStream
 
 from kms_client import KeyManager
 from qkd_tls.context import QKDContext
-from qkd_tls.endpoint import Driver, EndpointEngine, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
+from qkd_tls.endpoint import HoldingDriver, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
 from qkd_tls.engine import Engine
 
 __all__ = ["wrap_stream"]
 
 
-class _StreamDriver(Driver):
+class _StreamDriver(HoldingDriver):
     """A driver that keeps the engine's request for the stream to answer."""
 
     def __init__(self) -> None:
-        self._engine: EndpointEngine | None = None
         self._asked: tuple[KeyRequest, KeyManager] | None = None
-
-    def begin(self, engine: EndpointEngine) -> None:
-        self._engine = engine
 
     def fetch(self, request: KeyRequest, manager: KeyManager) -> NoReturn:
         self._asked = request, manager
@@ -39,13 +35,6 @@ class _StreamDriver(Driver):
         # Not abandoned on cancellation: the keys have to be wiped.
         self._engine.keys(await anyio.to_thread.run_sync(fetch_keys, request, manager))
         return True
-
-    def end(self) -> None:
-        self._engine = None
-
-    def give_up(self) -> None:
-        if self._engine is not None:
-            self._engine.abort()
 
 
 class _Stream(ByteStream):

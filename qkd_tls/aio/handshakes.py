@@ -12,39 +12,25 @@ from typing import NoReturn
 from kms_client import KeyManager
 from qkd_tls.aio.kms_threads import FetchResult, ask_in_thread
 from qkd_tls.aio.turns import Turns
-from qkd_tls.endpoint import Driver, EndpointEngine, KeyRequest, KeysWanted, driver_in_charge
+from qkd_tls.endpoint import HoldingDriver, KeyRequest, KeysWanted, driver_in_charge
 from qkd_tls.engine import Engine
 from qkd_tls.errors import ssl_error
 
 __all__ = ["LoopDriver", "TransportDriver", "driving"]
 
 
-class LoopDriver(Driver, abc.ABC):
+class LoopDriver(HoldingDriver, abc.ABC):
     """A driver that asks the key manager in another thread; the base of those for transports and sockets."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._claimed = False
         self._asked: KeyRequest | None = None
-        self._engine: EndpointEngine | None = None
 
     def claim(self) -> bool:
         """Return True for the first connection only: asyncio's callbacks run in this context for ever."""
         first, self._claimed = not self._claimed, True
         return first
-
-    def begin(self, engine: EndpointEngine) -> None:
-        """Remember the engine, until the end."""
-        self._engine = engine
-
-    def end(self) -> None:
-        """Let go of the engine."""
-        self._engine = None
-
-    def give_up(self) -> None:
-        """End the handshake for good: wipe its secrets, and keys that are still to come."""
-        if self._engine is not None:
-            self._engine.abort()
 
     def fetch(self, request: KeyRequest, manager: KeyManager) -> NoReturn:
         """Ask once, and have the answer delivered."""
