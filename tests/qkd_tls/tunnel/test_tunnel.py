@@ -395,6 +395,7 @@ class TestLimits:
             with dial(client.address()) as app:
                 # Longer than that in all, but never at a time.
                 for _ in range(11):
+                    app.settimeout(TIMEOUT)
                     exchange(app)
                     app.settimeout(0.2)
                     with pytest.raises(TimeoutError):
