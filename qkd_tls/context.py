@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from socket import socket as Socket
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Self, TypeVar
 
 from kms_client import KeyManager
 from qkd_tls import control, kems
@@ -31,17 +31,20 @@ from qkd_tls.pem import Passphrase, Password, StrPath, read_chain, read_pem, spl
 from qkd_tls.policy import Policy
 from qkd_tls.socket import QKDSocket
 from qkd_tls.sslobject import QKDObject
+from qkd_tls.stdlib import BaseContext, SSLContext
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["QKDContext", "create_default_context"]
 
+_Kind = TypeVar("_Kind")
+
 _LARGEST_ALERT: Final = 255
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.r?\d+")
 
 
-class QKDContext(ssl.SSLContext):
+class QKDContext(SSLContext):
     """Settings for any number of connections and threads; changes act on later connections.
 
     Args:
@@ -67,7 +70,17 @@ class QKDContext(ssl.SSLContext):
         """Pass the arguments on to `__init__`; see the class."""
         if protocol not in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
             raise ValueError("protocol must be ssl.PROTOCOL_TLS_CLIENT or ssl.PROTOCOL_TLS_SERVER")
-        return super().__new__(cls, protocol)
+        self = super().__new__(cls, protocol)
+        # The object of OpenSSL below keeps settings, and has no version to shake hands with, whoever finds a way to it.
+        BaseContext.minimum_version.__set__(self, ssl.TLSVersion.TLSv1_3)
+        BaseContext.maximum_version.__set__(self, ssl.TLSVersion.TLSv1_2)
+        return self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class for `isinstance`: `ssl.SSLContext`, too, if a program has put another class in its place."""
+        current = ssl.SSLContext
+        return type(self) if issubclass(type(self), current) else current
 
     sslsocket_class: type[QKDSocket] = QKDSocket
     sslobject_class: type[QKDObject] = QKDObject
@@ -266,7 +279,7 @@ class QKDContext(ssl.SSLContext):
     @property
     def options(self) -> ssl.Options:
         """The options, for reading back; TLS 1.3 without tickets, compression or renegotiation is fixed."""
-        return super().options
+        return ssl.Options(BaseContext.options.__get__(self))
 
     @options.setter
     def options(self, value: int) -> None:
@@ -274,7 +287,27 @@ class QKDContext(ssl.SSLContext):
             raise OverflowError("options cannot be negative")
         if value & ssl.OP_NO_TLSv1_3:
             raise ValueError("a hybrid connection is TLS 1.3: OP_NO_TLSv1_3 cannot be had")
-        super(QKDContext, QKDContext).options.__set__(self, value)  # type: ignore[attr-defined]
+        BaseContext.options.__set__(self, value)
+
+    # The standard library's properties of these names look for a class that a program may have replaced.
+
+    @property
+    def verify_mode(self) -> ssl.VerifyMode:
+        """The check of the peer's certificate: `CERT_NONE`, `CERT_OPTIONAL` or `CERT_REQUIRED`."""
+        return ssl.VerifyMode(BaseContext.verify_mode.__get__(self))
+
+    @verify_mode.setter
+    def verify_mode(self, value: int) -> None:
+        BaseContext.verify_mode.__set__(self, value)
+
+    @property
+    def verify_flags(self) -> ssl.VerifyFlags:
+        """The flags of the check."""
+        return ssl.VerifyFlags(BaseContext.verify_flags.__get__(self))
+
+    @verify_flags.setter
+    def verify_flags(self, value: int) -> None:
+        BaseContext.verify_flags.__set__(self, value)
 
     def session_stats(self) -> dict[str, int]:
         """Return this context's handshakes by the standard library's names; resumed sessions are always 0."""
@@ -317,6 +350,14 @@ class QKDContext(ssl.SSLContext):
         """Raise NotImplementedError."""
         _refuse("set_psk_server_callback", "the PSK of a connection is the hybrid one")
 
+    def _wrap_socket(self, *_: object, **__: object) -> NoReturn:
+        """Raise ssl.SSLError: here the standard library makes connections without a QKD key."""
+        raise ssl.SSLError(
+            ssl.SSL_ERROR_SSL, "a QKDContext makes connections by wrap_socket() and wrap_bio() only"
+        )
+
+    _wrap_bio = _wrap_socket
+
     # --- connections
 
     def wrap_socket(  # type: ignore[override]
@@ -339,9 +380,9 @@ class QKDContext(ssl.SSLContext):
             ssl.SSLCertVerificationError, ssl.SSLError, TimeoutError, OSError: as in the standard library.
         """
         _no_session(session)
-        return self.sslsocket_class._create(
+        return _ours(self.sslsocket_class, QKDSocket)._create(
             sock,
-            self,
+            context=self,
             server_side=server_side,
             do_handshake_on_connect=do_handshake_on_connect,
             suppress_ragged_eofs=suppress_ragged_eofs,
@@ -361,10 +402,10 @@ class QKDContext(ssl.SSLContext):
         `do_handshake` calls the key manager in this thread, and waits for it: under asyncio, use `qkd_tls.aio`.
         """
         _no_session(session)
-        return self.sslobject_class._create(
+        return _ours(self.sslobject_class, QKDObject)._create(
             incoming,
             outgoing,
-            self,
+            context=self,
             server_side=server_side,
             server_hostname=_ascii_hostname(server_hostname),
         )
@@ -448,7 +489,7 @@ class QKDContext(ssl.SSLContext):
         """Return the configuration of all connections, made anew after a change of the settings."""
         # Many programs set what is set already, for each connection: that is no change.
         # Plain numbers: ssl.SSLContext makes enums of them, which takes 5 of a handshake's 700 microseconds.
-        base: Any = super(ssl.SSLContext, self)
+        base: Any = super(SSLContext, self)
         state = (
             self._credentials,
             # The two collections only grow: their sizes tell whether they have changed.
@@ -534,6 +575,14 @@ def create_default_context(
     if keylog_filename and not sys.flags.ignore_environment:
         context.keylog_filename = keylog_filename
     return context
+
+
+def _ours(kind: type[_Kind], base: type[_Kind]) -> type[_Kind]:
+    if not issubclass(kind, base):
+        raise TypeError(
+            f"{kind.__name__} cannot be a class for the connections of a QKDContext: derive it from {base.__name__}"
+        )
+    return kind
 
 
 def _no_session(session: None) -> None:

@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from kms_client import KeyManager, KMSError, QKDKey
+from kms_client.forks import Claims, Direction, share_with_children
 from qkd_tls.certificate import certificate_dict
 from qkd_tls.engine import (
     Action,
@@ -35,6 +36,8 @@ from qkd_tls.engine import (
 from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, ssl_error
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+from qkd_tls.records import RecordBuffer
+from qkd_tls.stdlib import SSLContext
 
 __all__ = [
     "Driver",
@@ -51,6 +54,8 @@ __all__ = [
 
 _T = TypeVar("_T")
 _QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
+_FORK_PATIENCE: Final = 1.0
+"""Seconds that a fork waits for a call of OpenSSL in another thread, which takes less than a thousandth of that."""
 
 KeyRequest: TypeAlias = FetchKeys | FetchKeysByID
 """An engine's request to a KMS."""
@@ -236,6 +241,13 @@ class Endpoint:
     _offered_suites: tuple[int, ...] = ()
     _lock: threading.Lock
     """A lock around each call of OpenSSL; never held while waiting."""
+    _records: RecordBuffer
+    """The beginning of the peer's next record, as OpenSSL would keep it; what is behind it is left to the transport."""
+    _sending: Direction
+    _receiving: Direction
+    _contested = False
+    """True if a fork has left a direction to whichever process uses it first."""
+    _locked_for_fork = False
 
     def _initialise(
         self, context: EndpointContext, *, server_side: bool, server_hostname: str | None
@@ -246,6 +258,8 @@ class Endpoint:
         driver = driver_in_charge.get()
         self._driver = driver if driver.claim() else _IN_THIS_THREAD
         self._lock = threading.Lock()
+        self._records = RecordBuffer()
+        self._sending, self._receiving = Direction(), Direction()
         self._sslobj = NotThroughTheStandardLibrary(self)
 
     def __reduce__(self) -> NoReturn:
@@ -257,9 +271,22 @@ class Endpoint:
     def _send_ciphertext(self, data: bytes) -> None:
         raise NotImplementedError
 
-    def _receive_ciphertext(self) -> bytes:
-        """Return the transport's data; nothing at its end. Raises SSLWantReadError if there is none yet."""
+    def _receive_ciphertext(self, size: int) -> bytes:
+        """Take at most `size` bytes from the transport; none at its end. Raises SSLWantReadError if none are there."""
         raise NotImplementedError
+
+    def _next_record(self) -> bytes:
+        """Take the peer's next record, and no byte more: what is behind it stays where programs look for it.
+
+        Returns nothing at the end of the stream. Raises SSLWantReadError if the record is not complete yet.
+        """
+        records = self._records
+        while (record := records.next_record()) is None:
+            data = self._receive_ciphertext(records.missing)
+            if not data:
+                return b""
+            records.feed(data)
+        return record
 
     def _take_over(self, tls: TLSConnection) -> None:
         """Set `_tls` in place of `_engine`: from now on, application data goes through TLS."""
@@ -268,13 +295,14 @@ class Endpoint:
     def _begin(self, engine: EndpointEngine) -> None:
         self._engine = engine
         self._driver.begin(engine)
+        share_with_children(self)
 
     def _step(self, engine: EndpointEngine) -> None:
         """Do the engine's next action."""
         self._send_ciphertext(engine.data_to_send())
         action = engine.next_action()
         if isinstance(action, NeedData):
-            engine.receive_data(self._receive_ciphertext())
+            engine.receive_data(self._next_record())
         elif isinstance(action, Established):
             self._establish(engine, action.info)
         elif isinstance(action, ChooseContext):
@@ -312,6 +340,51 @@ class Endpoint:
                 stacklevel=_outside(),
             )
 
+    # --- data, if it goes through memory
+
+    def _over_memory(
+        self, tls: TLSConnection, operation: Callable[[TLSConnection], _T], *, reading: bool
+    ) -> _T:
+        """Run a TLS operation, giving it the peer's records one by one, and none that it does not need."""
+        while True:
+            if reading and tls.hungry:
+                record = self._next_record()
+                if not record:
+                    raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
+                tls.feed(record)
+            try:
+                return operation(tls)
+            except ssl.SSLWantReadError:
+                if not tls.hungry:
+                    raise
+                reading = True
+
+    # --- forks
+
+    def _use(self, *directions: Direction) -> None:
+        """Own the directions of the connection from now on; raise OSError if another process does."""
+        for direction in directions:
+            direction.use()
+        self._contested = not (self._sending.owned and self._receiving.owned)
+
+    def _before_fork(self, claims: Claims) -> None:
+        self._locked_for_fork = self._lock.acquire(timeout=_FORK_PATIENCE)
+        self._sending.share(claims)
+        self._receiving.share(claims)
+        self._contested = True
+
+    def _after_fork(self, *, in_child: bool) -> None:
+        if in_child:
+            # The threads that held the locks are not here.
+            whole = self._locked_for_fork
+            self._lock = threading.Lock()
+            if not whole:
+                # Copied in the middle of a change.
+                self._sending.lose()
+                self._receiving.lose()
+        elif self._locked_for_fork:
+            self._lock.release()
+
     # --- what the connection is
 
     def _of_tls(self, question: Callable[[TLSConnection], _T]) -> _T | None:
@@ -329,7 +402,7 @@ class Endpoint:
 
     @context.setter
     def context(self, value: ssl.SSLContext) -> None:
-        if not (isinstance(value, EndpointContext) and isinstance(value, ssl.SSLContext)):
+        if not (isinstance(value, EndpointContext) and isinstance(value, SSLContext)):
             raise TypeError("The value must be a QKDContext")
         self._context = value
 
@@ -421,6 +494,8 @@ class Endpoint:
                 "NOT_SERVER",
             )
         with self._lock:
+            if self._contested:
+                self._use(self._sending)
             tls.verify_client_post_handshake()
 
 

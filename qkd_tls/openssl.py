@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import functools
 import hashlib
 import ipaddress
@@ -22,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import cryptography
 import OpenSSL
@@ -37,6 +38,7 @@ __all__ = [
     "DEFAULT_CIPHER_SUITES",
     "ML_KEM_GROUPS",
     "Credentials",
+    "PrivateKey",
     "TLSConnection",
     "TLSContext",
     "TLSSettings",
@@ -68,7 +70,6 @@ _PSK_SUITE: Final = {
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
 _LONGEST_HOST_NAME: Final = 255
-_FULL_RECORD: Final = 1 << 14
 _LARGEST: Final = 0x7FFF_FFFF
 _WRITE_AT_ONCE: Final = 1 << 20
 _SCRATCH_SIZE: Final = 1 << 15
@@ -112,6 +113,42 @@ def openssl_version() -> str:
     return SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
 
 
+class _Owner:
+    """An owner of one object of OpenSSL's, which is freed once; every use after that raises OSError (EBADF).
+
+    Not left to `ffi.gc`: in a reference cycle, the collector calls its destructor before the `__del__` of objects that
+    still use the memory.
+    """
+
+    _raw: Any
+    _free: ClassVar[Any]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuse what is gone; found instead of an attribute that `__del__` has taken away."""
+            if name in ("_raw", "_incoming", "_outgoing"):
+                raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: OpenSSL's object has been freed")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __del__(self) -> None:
+        """Free the object. The collector may call this before others stop using it."""
+        raw = self.__dict__.pop("_raw", None)
+        if raw is not None:
+            self._free(raw)
+
+
+class PrivateKey(_Owner):
+    """The private key of a certificate."""
+
+    _free = staticmethod(_lib.EVP_PKEY_free)
+
+    def __init__(self, key: crypto.PKey) -> None:
+        """Take the key over from pyOpenSSL."""
+        self._raw = key._pkey
+        _ffi.gc(self._raw, None)
+
+
 class VerificationFailed(enum.IntEnum):
     """Codes of X509_V_ERR that get a text of their own (openssl/x509_vfy.h)."""
 
@@ -125,7 +162,7 @@ class Credentials:
 
     chain: tuple[bytes, ...]
     # The leaf says which key it is, so two readings of the same files are equal.
-    key: crypto.PKey = field(compare=False, repr=False)
+    key: PrivateKey = field(compare=False, repr=False)
 
     @classmethod
     def load(
@@ -140,7 +177,7 @@ class Credentials:
                 ssl.SSLError,
                 f"[SSL] PEM lib: cannot read the private key ({_reason(error) or error}): wrong password, or not PEM",
             ) from None
-        credentials = cls(tuple(chain), key)
+        credentials = cls(tuple(chain), PrivateKey(key))
         try:
             TLSContext(TLSSettings(server_side=True, credentials=credentials))
         except ssl.SSLError as error:
@@ -180,6 +217,8 @@ class _ThisThread(threading.local):
 
     connection: TLSConnection | None = None
     """The connection that is shaking hands, for the callbacks."""
+    raised: BaseException | None = None
+    """The exception that ended a callback, such as that of a signal's handler; OpenSSL cannot pass it on."""
 
     def __init__(self) -> None:
         # For ciphertext on its way out.
@@ -191,38 +230,51 @@ class _ThisThread(threading.local):
 _this_thread: Final = _ThisThread()
 
 
-class TLSContext:
+def _keep_exception(_kind: object, exception: BaseException, _traceback: object) -> None:
+    _this_thread.raised = exception
+
+
+def _raise_kept() -> None:
+    exception, _this_thread.raised = _this_thread.raised, None
+    if exception is not None:
+        raise exception
+
+
+class TLSContext(_Owner):
     """Settings, compiled once and never changed afterwards; serves any number of connections and threads.
 
     Raises ssl.SSLError if OpenSSL refuses a setting.
     """
 
+    _free = staticmethod(_lib.SSL_CTX_free)
+
     def __init__(self, settings: TLSSettings) -> None:
         self.settings = settings
+        self._key_log: Any = None
         # Says for a client which associations it may go on with; cheaper to compare than the settings.
         self.fingerprint: Final = hashlib.sha256(repr(settings).encode()).digest()
-        context = self._context = SSL.Context(SSL.TLS_METHOD)
-        context.set_min_proto_version(SSL.TLS1_3_VERSION)
-        context.set_max_proto_version(SSL.TLS1_3_VERSION)
+        context = self._raw = _lib.SSL_CTX_new(_lib.TLS_method())
+        _require(context != _ffi.NULL)
+        _lib.SSL_CTX_set_min_proto_version(context, SSL.TLS1_3_VERSION)
+        _lib.SSL_CTX_set_max_proto_version(context, SSL.TLS1_3_VERSION)
         # No connection is ever resumed: the tickets that a server still sends are names in a cache that is off.
-        context.set_options(SSL.OP_NO_TICKET)
-        context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        # An idle connection keeps no buffers for records, 20 KB and more; a busy one is no slower for it.
-        context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-        self._raw = context._context
-        try:
-            self._set_suites_and_groups(settings)
-            self._set_verification(settings)
-            if settings.credentials is not None:
-                self._set_credentials(settings.credentials)
-        except (SSL.Error, crypto.Error) as error:
-            reason = _reason(error)
-            raise ssl_error(
-                ssl.SSLError, f"OpenSSL refuses the setting: {reason}", reason.upper().replace(" ", "_")
-            ) from None
+        _lib.SSL_CTX_set_options(context, SSL.OP_NO_TICKET)
+        _lib.SSL_CTX_set_session_cache_mode(context, SSL.SESS_CACHE_OFF)
+        _lib.SSL_CTX_set_mode(
+            context,
+            _lib.SSL_MODE_ENABLE_PARTIAL_WRITE
+            | _lib.SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
+            # An idle connection keeps no buffers for records, 20 KB and more; a busy one is no slower for it.
+            | _lib.SSL_MODE_RELEASE_BUFFERS,
+        )
+        self._set_suites_and_groups(settings)
+        self._set_verification(settings)
+        if settings.credentials is not None:
+            self._set_credentials(settings.credentials)
         if settings.server_side:
             # A server that asks for client certificates takes no PSK without it; nothing is ever looked up by it.
-            context.set_session_id(b"qkd-tls/1")
+            name = b"qkd-tls/1"
+            _require(_lib.SSL_CTX_set_session_id_context(context, name, len(name)) == 1)
             _lib.SSL_CTX_set_psk_find_session_callback(self._raw, _find_session)
             _lib.SSL_CTX_set_alpn_select_cb(self._raw, _select_alpn, _ffi.NULL)
         else:
@@ -237,7 +289,7 @@ class TLSContext:
         weakref.finalize(self, log.close)
 
         # The signature is OpenSSL's. An exception must not leave it.
-        @_ffi.callback("void(SSL const *, char const *)", onerror=lambda *_: True)  # type: ignore[untyped-decorator]
+        @_ffi.callback("void(SSL const *, char const *)", onerror=_keep_exception)  # type: ignore[untyped-decorator]
         def write_line(_pointer: Any, line: Any) -> None:
             with lock, contextlib.suppress(OSError):
                 log.write(_ffi.string(line) + b"\n")
@@ -246,7 +298,8 @@ class TLSContext:
         _lib.SSL_CTX_set_keylog_callback(self._raw, write_line)
 
     def _set_suites_and_groups(self, settings: TLSSettings) -> None:
-        self._context.set_tls13_ciphersuites(":".join(settings.cipher_suites).encode())
+        suites = ":".join(settings.cipher_suites).encode()
+        _require(_lib.SSL_CTX_set_ciphersuites(self._raw, suites) == 1)
         if _lib.SSL_CTX_set1_curves_list(self._raw, ":".join(settings.groups).encode()) != 1:
             _lib.ERR_clear_error()
             raise ssl.SSLError(
@@ -285,26 +338,27 @@ class TLSContext:
             else:
                 # The context takes over the reference.
                 _require(_lib.SSL_CTX_add_extra_chain_cert(self._raw, _lib.X509_dup(certificate)) == 1)
-        _require(_lib.SSL_CTX_use_PrivateKey(self._raw, credentials.key._pkey) == 1)
-        self._context.check_privatekey()
+        _require(_lib.SSL_CTX_use_PrivateKey(self._raw, credentials.key._raw) == 1)
+        _require(_lib.SSL_CTX_check_private_key(self._raw) == 1)
 
 
-class TLSConnection:
+class TLSConnection(_Owner):
     """One TLS 1.3 connection; one thread at a time.
 
     Until `attach`, ciphertext goes in by `feed` and comes out by `take`. Methods raise the standard library's classes:
     SSLWantReadError, SSLWantWriteError, SSLZeroReturnError, SSLEOFError, SSLCertVerificationError, SSLError, OSError.
     """
 
+    _free = staticmethod(_lib.SSL_free)
+
     attached = False
-    starved = False
-    """True if the last read ended for want of bytes from the transport: wait for them before the next."""
     clogged = False
     """True if the last write ended for want of room: wait for it before the next."""
-    _late_error: OSError | None = None
     _selected: Any = None
     _truncated = False
     """True if the transport has ended without the peer's close_notify."""
+    _failed = False
+    """True if OpenSSL has ended the connection with an error."""
 
     def __init__(
         self,
@@ -319,19 +373,17 @@ class TLSConnection:
         self._psk = psk
         self._select_alpn = select_alpn
         self._server_hostname = server_hostname
-        self._ssl = _ffi.gc(_lib.SSL_new(context._raw), _lib.SSL_free)
-        self._incoming = _lib.BIO_new(_MEMORY)
-        self._outgoing = _lib.BIO_new(_MEMORY)
-        _lib.SSL_set_bio(self._ssl, self._incoming, self._outgoing)
+        self._raw = _lib.SSL_new(context._raw)
+        self.detach()
         if context.settings.server_side:
-            _lib.SSL_set_accept_state(self._ssl)
+            _lib.SSL_set_accept_state(self._raw)
         else:
-            _lib.SSL_set_connect_state(self._ssl)
+            _lib.SSL_set_connect_state(self._raw)
             self._name_the_server(server_hostname)
             if alpn:
                 wire = _alpn_wire(alpn)
                 # This one function of OpenSSL's returns 0 for success.
-                _require(_lib.SSL_set_alpn_protos(self._ssl, wire, len(wire)) == 0)
+                _require(_lib.SSL_set_alpn_protos(self._raw, wire, len(wire)) == 0)
 
     def _name_the_server(self, server_hostname: str | None) -> None:
         if server_hostname is None:
@@ -341,15 +393,24 @@ class TLSConnection:
             # RFC 6066 3: literal addresses are not permitted in server_name.
             # The binding does not return OpenSSL's answer, which is no for longer names.
             _require(1 <= len(name) <= _LONGEST_HOST_NAME)
-            _lib.SSL_set_tlsext_host_name(self._ssl, name)
+            _lib.SSL_set_tlsext_host_name(self._raw, name)
         if self.context.settings.check_hostname:
-            parameters = _lib.SSL_get0_param(self._ssl)
+            parameters = _lib.SSL_get0_param(self._raw)
             if address is None:
                 _require(_lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name)) == 1)
             else:
                 _require(_lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address)) == 1)
 
     # --- ciphertext, while in memory
+
+    def detach(self) -> None:
+        """Let ciphertext go through memory, as from the beginning; what the transport still holds stays there."""
+        # OpenSSL owns them from now on, and frees those before.
+        self._incoming, self._outgoing = _lib.BIO_new(_MEMORY), _lib.BIO_new(_MEMORY)
+        _lib.SSL_set_bio(self._raw, self._incoming, self._outgoing)
+        # The whole record behind a ticket may be there already, and no later bytes ever wake the caller up.
+        _lib.SSL_set_mode(self._raw, _lib.SSL_MODE_AUTO_RETRY)
+        self.attached = False
 
     def feed(self, data: bytes) -> None:
         """Give ciphertext from the transport."""
@@ -373,13 +434,22 @@ class TLSConnection:
         return data
 
     def attach(self, fileno: int) -> None:
-        """Let OpenSSL read and write the socket itself from now on; both memory BIOs must be empty."""
+        """Let OpenSSL read and write the socket itself from now on; nothing may be left in memory."""
         # SSL_set_fd frees the memory BIOs.
-        _require(_lib.SSL_set_fd(self._ssl, fileno) == 1)
-        # A read that met only a ticket returns to the caller, whose deadline it is. In memory it goes on instead: what
-        # comes behind the ticket is there already, and no later bytes might ever wake the caller up.
-        _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_AUTO_RETRY)
+        del self._incoming, self._outgoing
+        _require(_lib.SSL_set_fd(self._raw, fileno) == 1)
+        # A read that met only a ticket returns to the caller, whose deadline it is.
+        _lib.SSL_clear_mode(self._raw, _lib.SSL_MODE_AUTO_RETRY)
         self.attached = True
+
+    @property
+    def hungry(self) -> bool:
+        """True if a read wants another record: nothing is decrypted, and the stream has not ended."""
+        return not (
+            self._failed
+            or _lib.SSL_pending(self._raw)
+            or _lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN
+        )
 
     # --- handshake
 
@@ -388,10 +458,11 @@ class TLSConnection:
         _lib.ERR_clear_error()
         _this_thread.connection = self
         try:
-            result = _lib.SSL_do_handshake(self._ssl)
+            result = _lib.SSL_do_handshake(self._raw)
         finally:
             _this_thread.connection = None
-        if result != 1 and _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
+        _raise_kept()
+        if result != 1 and _lib.SSL_get_error(self._raw, result) == _lib.SSL_ERROR_WANT_READ:
             return False
         self._handshake_over()
         if result != 1:
@@ -406,39 +477,39 @@ class TLSConnection:
     @property
     def psk_accepted(self) -> bool:
         """True if the peers agreed on the PSK."""
-        return bool(_lib.SSL_session_reused(self._ssl))
+        return bool(_lib.SSL_session_reused(self._raw))
 
     @property
     def alpn(self) -> str | None:
         """The application protocol that the server selected (RFC 7301)."""
         pointer, size = _this_thread.pointer, _this_thread.size
-        _lib.SSL_get0_alpn_selected(self._ssl, pointer, size)
+        _lib.SSL_get0_alpn_selected(self._raw, pointer, size)
         return bytes(_ffi.buffer(pointer[0], size[0])).decode("ascii", "replace") if size[0] else None
 
     @property
     def group(self) -> str:
         """The key exchange group by OpenSSL's name."""
         # OpenSSL prints the classical groups by their older, lower-case names.
-        name: str = _ffi.string(_lib.SSL_get0_group_name(self._ssl)).decode()
+        name: str = _ffi.string(_lib.SSL_get0_group_name(self._raw)).decode()
         return _GROUP_SPELLINGS.get(name, name)
 
     @property
     def cipher_suite(self) -> str:
         """The name of the cipher suite."""
-        name: str = _ffi.string(_lib.SSL_CIPHER_get_name(_lib.SSL_get_current_cipher(self._ssl))).decode()
+        name: str = _ffi.string(_lib.SSL_CIPHER_get_name(_lib.SSL_get_current_cipher(self._raw))).decode()
         return name
 
     @property
     def cipher(self) -> tuple[str, str, int]:
         """The name, protocol version and secret bits, as in `ssl.SSLSocket.cipher`."""
-        bits = _lib.SSL_CIPHER_get_bits(_lib.SSL_get_current_cipher(self._ssl), _ffi.NULL)
+        bits = _lib.SSL_CIPHER_get_bits(_lib.SSL_get_current_cipher(self._raw), _ffi.NULL)
         return self.cipher_suite, "TLSv1.3", bits
 
     def shared_ciphers(self, offered: Iterable[int]) -> list[tuple[str, str, int]]:
         """Return the offered cipher suites (RFC 8446 B.4) that this side accepts, each like `cipher`."""
         shared = []
         for number in offered:
-            suite = _lib.SSL_CIPHER_find(self._ssl, _ffi.new("unsigned char[2]", number.to_bytes(2, "big")))
+            suite = _lib.SSL_CIPHER_find(self._raw, _ffi.new("unsigned char[2]", number.to_bytes(2, "big")))
             if suite == _ffi.NULL:
                 continue
             name = _ffi.string(_lib.SSL_CIPHER_get_name(suite)).decode()
@@ -449,7 +520,7 @@ class TLSConnection:
     @property
     def peer_certificate(self) -> bytes | None:
         """The peer's certificate, DER."""
-        certificate = _lib.SSL_get_peer_certificate(self._ssl)
+        certificate = _lib.SSL_get_peer_certificate(self._raw)
         if certificate == _ffi.NULL:
             return None
         certificate = _ffi.gc(certificate, _lib.X509_free)
@@ -465,7 +536,7 @@ class TLSConnection:
         with _ffi.from_buffer(out) as buffer:
             _require(
                 _lib.SSL_export_keying_material(
-                    self._ssl, buffer, size, label, len(label), context, len(context), 1
+                    self._raw, buffer, size, label, len(label), context, len(context), 1
                 )
                 == 1
             )
@@ -474,7 +545,7 @@ class TLSConnection:
     def verify_client_post_handshake(self) -> None:
         """Ask the client for its certificate now, as server (RFC 8446 4.6.2); it comes with later data."""
         _lib.ERR_clear_error()
-        if _lib.SSL_verify_client_post_handshake(self._ssl) != 1:
+        if _lib.SSL_verify_client_post_handshake(self._raw) != 1:
             self._raise(0)
 
     # --- plaintext
@@ -485,40 +556,21 @@ class TLSConnection:
         return bytes(memoryview(buffer)[: self.read_into(buffer)])
 
     def read_into(self, buffer: bytearray | memoryview) -> int:
-        """Fill the (contiguous) buffer with at least one byte, at most 2**31 - 1; return the number."""
-        if self._late_error is not None:
-            error, self._late_error = self._late_error, None
-            raise error
-        size = min(len(buffer), _LARGEST)
-        self.starved = False
+        """Fill the (contiguous) buffer with at least one byte, at most a record's; return the number."""
         with _ffi.from_buffer(buffer, require_writable=True) as target:
             _lib.ERR_clear_error()
-            last = total = _lib.SSL_read(self._ssl, target, size)
-            if total <= 0:
-                self._raise(total)
-            # OpenSSL gives one record at a time; behind a full one there mostly is another.
-            while last == _FULL_RECORD and total < size:
-                last = _lib.SSL_read(self._ssl, target + total, size - total)
-                if last > 0:
-                    total += last
-                else:
-                    self._note(last)
-        return int(total)
-
-    def _note(self, result: int) -> None:
-        """Note the reason that ended a read with data to return: waiting, or an error for the next read."""
-        try:
-            self._raise(result)
-        except ssl.SSLWantReadError:
-            self.starved = True
-        except OSError as error:
-            self._late_error = error
+            size = _lib.SSL_read(self._raw, target, min(len(buffer), _LARGEST))
+            if size <= 0:
+                self._raise(size)
+        if self.context._key_log is not None:
+            _raise_kept()
+        return int(size)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write at least one byte of non-empty data; return the number. After a want, repeat the data."""
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()
-            result = _lib.SSL_write(self._ssl, source, min(len(data), _LARGEST))
+            result = _lib.SSL_write(self._raw, source, min(len(data), _LARGEST))
             if result <= 0:
                 self._raise(result)
         return int(result)
@@ -537,10 +589,10 @@ class TLSConnection:
             position = start
             # Not too long at a time: a thread that wants to read has to wait for it.
             while position < min(end, start + _WRITE_AT_ONCE):
-                result = _lib.SSL_write(self._ssl, source + position, min(end - position, _LARGEST))
+                result = _lib.SSL_write(self._raw, source + position, min(end - position, _LARGEST))
                 if result > 0:
                     position += result
-                elif position > start and _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_WRITE:
+                elif position > start and _lib.SSL_get_error(self._raw, result) == _lib.SSL_ERROR_WANT_WRITE:
                     self.clogged = True
                     break
                 else:
@@ -550,12 +602,12 @@ class TLSConnection:
     @property
     def pending(self) -> int:
         """The number of bytes already decrypted."""
-        return int(_lib.SSL_pending(self._ssl))
+        return int(_lib.SSL_pending(self._raw))
 
     def shutdown(self) -> bool:
         """Send close_notify; return True once the peer's has been seen too (RFC 8446 6.1)."""
         _lib.ERR_clear_error()
-        result = _lib.SSL_shutdown(self._ssl)
+        result = _lib.SSL_shutdown(self._raw)
         if result < 0:
             self._raise(result)
         return bool(result == 1)
@@ -563,13 +615,14 @@ class TLSConnection:
     @property
     def close_notify_received(self) -> bool:
         """True if the peer has closed its direction."""
-        return bool(_lib.SSL_get_shutdown(self._ssl) & SSL.RECEIVED_SHUTDOWN)
+        return bool(_lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN)
 
     # --- errors
 
     def _raise(self, result: int) -> NoReturn:
-        errno = _ffi.errno
-        kind = _lib.SSL_get_error(self._ssl, result)
+        number = _ffi.errno
+        _raise_kept()
+        kind = _lib.SSL_get_error(self._raw, result)
         if kind == _lib.SSL_ERROR_WANT_READ:
             raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
         if kind == _lib.SSL_ERROR_WANT_WRITE:
@@ -577,8 +630,9 @@ class TLSConnection:
         if kind == _lib.SSL_ERROR_ZERO_RETURN:
             raise ssl_error(ssl.SSLZeroReturnError, "TLS/SSL connection has been closed (EOF)")
         reason = _drain_error_queue()
-        if kind == _lib.SSL_ERROR_SYSCALL and not reason and errno:
-            raise OSError(errno, os.strerror(errno))
+        self._failed = True
+        if kind == _lib.SSL_ERROR_SYSCALL and not reason and number:
+            raise OSError(number, os.strerror(number))
         # An end is told to whoever asks again, too: OpenSSL itself gives a reason only once.
         if not reason and (kind == _lib.SSL_ERROR_SYSCALL or self._truncated):
             reason = _TRUNCATION
@@ -592,7 +646,7 @@ class TLSConnection:
         raise ssl_error(ssl.SSLError, f"[SSL: {name}] {reason}", name)
 
     def _verification_error(self) -> ssl.SSLCertVerificationError:
-        code = _lib.SSL_get_verify_result(self._ssl)
+        code = _lib.SSL_get_verify_result(self._raw)
         text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode()
         if code == VerificationFailed.HOSTNAME_MISMATCH:
             text = f"Hostname mismatch, certificate is not valid for '{self._server_hostname}'."
@@ -613,7 +667,7 @@ class TLSConnection:
 def _current(pointer: Any) -> TLSConnection:
     connection = _this_thread.connection
     # Any other SSL object must never get this connection's key.
-    _require(connection is not None and connection._ssl == pointer)
+    _require(connection is not None and connection._raw == pointer)
     assert connection is not None
     return connection
 
@@ -632,7 +686,9 @@ def _session(pointer: Any, psk: PSK) -> Any:
 
 
 @_ffi.callback(  # type: ignore[untyped-decorator]
-    "int(SSL *, const EVP_MD *, const unsigned char **, size_t *, SSL_SESSION **)", error=0
+    "int(SSL *, const EVP_MD *, const unsigned char **, size_t *, SSL_SESSION **)",
+    error=0,
+    onerror=_keep_exception,
 )
 def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, session: Any) -> int:
     """Choose the PSK to offer, as client. A second call, after a HelloRetryRequest, gives the same one."""
@@ -649,7 +705,9 @@ def _use_session(pointer: Any, _md: Any, identity: Any, identity_size: Any, sess
 
 
 @_ffi.callback(  # type: ignore[untyped-decorator]
-    "int(SSL *, const unsigned char *, size_t, SSL_SESSION **)", error=0
+    "int(SSL *, const unsigned char *, size_t, SSL_SESSION **)",
+    error=0,
+    onerror=_keep_exception,
 )
 def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any) -> int:
     """Find the PSK of an identity, as server. Without one, the handshake goes on with certificates."""
@@ -664,6 +722,7 @@ def _find_session(pointer: Any, identity: Any, identity_size: Any, session: Any)
 @_ffi.callback(  # type: ignore[untyped-decorator]
     "int(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int, void *)",
     error=_lib.SSL_TLSEXT_ERR_ALERT_FATAL,
+    onerror=_keep_exception,
 )
 def _select_alpn(pointer: Any, out: Any, out_size: Any, offered: Any, size: int, _argument: Any) -> int:
     connection = _current(pointer)

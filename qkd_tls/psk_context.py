@@ -95,7 +95,7 @@ class PSKContext:
         """
         return PSKSocket._create(
             sock,
-            self,
+            context=self,
             server_side=self.server_side if server_side is None else server_side,
             do_handshake_on_connect=do_handshake_on_connect,
             suppress_ragged_eofs=suppress_ragged_eofs,

@@ -26,6 +26,17 @@ class RecordBuffer:
         """Append bytes."""
         self.data = self.data + data if self.data else bytes(data)
 
+    @property
+    def missing(self) -> int:
+        """The bytes that the first record's header still lacks or, behind it, its content: at least 1.
+
+        A reader that takes no more than these leaves what follows the record where it is.
+        """
+        data = self.data
+        if len(data) < _HEADER_SIZE:
+            return _HEADER_SIZE - len(data)
+        return max(1, _HEADER_SIZE + int.from_bytes(data[3:5], "big") - len(data))
+
     def next_record(self) -> bytes | None:
         """Remove and return one whole record with its header; None if more bytes are needed.
 

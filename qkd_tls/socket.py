@@ -1,14 +1,17 @@
 """`QKDSocket`, returned by `QKDContext.wrap_socket`, with the methods and errors of `ssl.SSLSocket`.
 
-During the handshake the engine stands between the socket and OpenSSL. Afterwards OpenSSL reads and writes the socket
-itself, which is as fast as the standard library. The file descriptor always is non-blocking and the timeouts are kept
-here, so that no lock is held while waiting: a thread may read while another one writes.
+During the handshake the engine stands between the socket and OpenSSL; it takes one record at a time and no byte beyond
+it, as OpenSSL does. Afterwards OpenSSL reads and writes the socket itself, which is as fast as the standard library.
+The file descriptor always is non-blocking and the timeouts are kept here, so that no lock is held while waiting: a
+thread may read while another one writes. What waits is looked up when it is called (`select.poll`, locks), so that a
+program that replaces it, as gevent does, waits in its own way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import ssl
@@ -17,9 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, Self, TypeVar
 
+from kms_client.forks import Claims, Direction
 from qkd_tls.endpoint import Endpoint, EndpointContext, EndpointEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
+from qkd_tls.stdlib import Socket, SSLSocket
 
 __all__ = ["QKDSocket"]
 
@@ -27,7 +32,7 @@ _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
 
 
-class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
+class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     """A TLS 1.3 connection over TCP. Made by `QKDContext.wrap_socket`, not by calling the class."""
 
     do_handshake_on_connect: bool
@@ -38,13 +43,12 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     """A lock held throughout a write: data that OpenSSL could not send at once must go out first."""
     _unsent: bytearray
     """Ciphertext that the transport has not taken yet."""
-    _decrypted: bytearray
-    """Application data that came with the last flight of the handshake."""
-    _late_error: OSError | None
-    _plain: socket.socket | None
-    """The socket that `unwrap` has returned."""
+    _plain: bool
+    """True if TLS is over, by `unwrap`, and the socket goes on without."""
     _connected: bool
     _timeout: float | None
+    _busy: tuple[bool, bool]
+    """At a fork: whether a handshake, and a write, were under way."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("QKDSocket has no public constructor: use QKDContext.wrap_socket")
@@ -53,13 +57,15 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     def _create(
         cls,
         sock: socket.socket,
-        context: EndpointContext,
-        *,
-        server_side: bool,
-        do_handshake_on_connect: bool,
-        suppress_ragged_eofs: bool,
-        server_hostname: str | None,
+        server_side: bool = False,
+        do_handshake_on_connect: bool = True,
+        suppress_ragged_eofs: bool = True,
+        server_hostname: str | None = None,
+        context: EndpointContext | None = None,
+        session: None = None,
     ) -> Self:
+        # The arguments are those of the standard library's class, for contexts that it makes connections of.
+        assert context is not None
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
             raise NotImplementedError("only stream sockets are supported")
         # Complains about arguments that do not fit before the socket is taken over.
@@ -68,19 +74,17 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         )
         self = cls.__new__(cls)
         timeout = sock.gettimeout()
-        socket.socket.__init__(self, sock.family, sock.type, sock.proto, sock.fileno())
+        Socket.__init__(self, sock.family, sock.type, sock.proto, sock.fileno())
         sock.detach()
         self._initialise(context, server_side=server_side, server_hostname=server_hostname)
         self.do_handshake_on_connect = do_handshake_on_connect
         self.suppress_ragged_eofs = suppress_ragged_eofs
         self._handshaking, self._writing = threading.Lock(), threading.Lock()
         self._unsent = bytearray()
-        self._decrypted = bytearray()
-        self._late_error = None
-        self._plain = None
+        self._plain = False
         self._connected = False
         self._timeout = timeout
-        socket.socket.settimeout(self, timeout)
+        Socket.setblocking(self, False)
         try:
             if not self._has_peer():
                 return self
@@ -105,14 +109,12 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         else:
             return True
         # A peer that is gone already may have left data. It came through no TLS, and must not be taken for what did.
-        socket.socket.setblocking(self, False)
         try:
-            left = socket.socket.recv(self, 1)
+            left = Socket.recv(self, 1)
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.EINVAL, errno.EAGAIN):
                 raise
             left = b""
-        socket.socket.settimeout(self, self._timeout)
         if left:
             closed = ssl_error(ssl.SSLError, "Closed before TLS handshake with data in recv buffer.")
             closed.reason = closed.args[1]
@@ -122,20 +124,30 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
     def _start(self, engine: EndpointEngine) -> None:
         self._connected = True
         self._begin(engine)
-        socket.socket.setblocking(self, False)
 
     # --- waiting: the one place
 
-    def _pump(self, operation: Callable[[TLSConnection], _T], deadline: float | None, what: str) -> _T:
+    def _pump(
+        self,
+        operation: Callable[[TLSConnection], _T],
+        deadline: float | None,
+        what: str,
+        *directions: Direction,
+    ) -> _T:
         """Run a TLS operation until it succeeds, waiting for the socket in between."""
         while True:
             try:
                 with self._lock:
                     if self._tls is None:
                         raise OSError(9, "Bad file descriptor: the TLS connection has been closed")
+                    if self._contested or not self._tls.attached:
+                        return self._contested_operation(self._tls, operation, directions)
                     return operation(self._tls)
             except ssl.SSLWantReadError:
                 if self._timeout == 0.0:
+                    # OpenSSL returns after each ticket or KeyUpdate; the caller should not have to ask again.
+                    if self._ready_to_read():
+                        continue
                     raise
                 event = select.POLLIN
             except ssl.SSLWantWriteError:
@@ -143,6 +155,49 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
                     raise
                 event = select.POLLOUT
             self._wait(event, deadline, what)
+
+    def _contested_operation(
+        self, tls: TLSConnection, operation: Callable[[TLSConnection], _T], directions: tuple[Direction, ...]
+    ) -> _T:
+        """Run a TLS operation after a fork, if this process may.
+
+        As long as another process may be sending, ciphertext goes through memory: what OpenSSL would send by itself,
+        such as the answer to a KeyUpdate, stays there.
+        """
+        self._use(*directions)
+        if self._sending.owned:
+            if not tls.attached:
+                self._unsent += tls.take()
+            self._flush()
+            if not (tls.attached or self._records.data):
+                tls.attach(self.fileno())
+        elif tls.attached:
+            tls.detach()
+        if tls.attached:
+            return operation(tls)
+        result = self._over_memory(tls, operation, reading=self._receiving in directions)
+        if self._sending.owned:
+            self._unsent += tls.take()
+            # What cannot go out now goes before the next operation.
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                self._flush()
+        return result
+
+    def _plainly(self, operation: Callable[[], _T], event: int, what: str) -> _T:
+        """Run an operation of the socket itself until it succeeds, waiting in between."""
+        deadline = self._deadline()
+        while True:
+            try:
+                return operation()
+            except BlockingIOError:
+                if self._timeout == 0.0:
+                    raise
+            self._wait(event, deadline, what)
+
+    def _ready_to_read(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     @contextlib.contextmanager
     def _turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> Iterator[None]:
@@ -207,6 +262,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         except BaseException:
             if engine is not None and self._info is None:
                 engine.abort()
+                if not self._sending.owned:
+                    raise
                 self._unsent += engine.data_to_send()
                 # The peer should learn why, if it still listens.
                 with contextlib.suppress(OSError):
@@ -214,6 +271,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             raise
 
     def _handshake_step(self) -> None:
+        if self._contested:
+            self._use(self._sending, self._receiving)
         engine = self._engine
         if engine is not None:
             self._step(engine)
@@ -226,30 +285,21 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         self._unsent += data
         self._flush()
 
-    def _receive_ciphertext(self) -> bytes:
+    def _receive_ciphertext(self, size: int) -> bytes:
         try:
-            return socket.socket.recv(self, _CHUNK)
+            return Socket.recv(self, size)
         except BlockingIOError:
             raise _want(select.POLLIN) from None
 
     def _flush(self) -> None:
         while self._unsent:
             try:
-                sent = socket.socket.send(self, self._unsent)
+                sent = Socket.send(self, self._unsent)
             except BlockingIOError:
                 raise _want(select.POLLOUT) from None
             del self._unsent[:sent]
 
     def _take_over(self, tls: TLSConnection) -> None:
-        # What came with the last flight is decrypted now, so that nothing is left in memory when OpenSSL takes over
-        # the socket. Its error, if any, is for the first read.
-        try:
-            while True:
-                self._decrypted += tls.read(_CHUNK)
-        except ssl.SSLWantReadError:
-            pass
-        except OSError as error:
-            self._late_error = error
         self._unsent += tls.take()
         with self._lock:
             if self._engine is None:
@@ -257,6 +307,22 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
                 raise OSError(9, "Bad file descriptor: the connection has been closed")
             tls.attach(self.fileno())
             self._engine, self._tls = None, tls
+
+    def _before_fork(self, claims: Claims) -> None:
+        super()._before_fork(claims)
+        self._busy = self._handshaking.locked(), self._writing.locked()
+
+    def _after_fork(self, *, in_child: bool) -> None:
+        super()._after_fork(in_child=in_child)
+        if not in_child:
+            return
+        handshaking, writing = self._busy
+        self._handshaking, self._writing = threading.Lock(), threading.Lock()
+        # Another thread was in the middle, which is in the parent only.
+        if handshaking or writing:
+            self._sending.lose()
+        if handshaking:
+            self._receiving.lose()
 
     def _check_open(self, what: str) -> None:
         if self._engine is None and self._tls is None:
@@ -289,7 +355,9 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         return self.recv(len)
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """Return at least one byte, at most `buflen`; no bytes at the end of the stream."""
+        """Return at least one byte, at most `buflen` or a record's; no bytes at the end of the stream."""
+        if self._plain:
+            return self._plainly(lambda: Socket.recv(self, buflen, flags), select.POLLIN, "recv")
         _no_flags(flags, "recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
@@ -299,6 +367,10 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
+        if self._plain:
+            return self._plainly(
+                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), select.POLLIN, "recv_into"
+            )
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
@@ -308,17 +380,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         if not len(target):
             return 0
         self._ready()
-        if self._decrypted and (size := self._take_decrypted(target)):
-            return size
         try:
-            if self._late_error is not None:
-                error, self._late_error = self._late_error, None
-                raise error
-            deadline = self._deadline()
-            if self._tls is not None and self._tls.starved and self._timeout != 0.0:
-                # The last read has found out already that there is nothing to read.
-                self._wait(select.POLLIN, deadline, "read")
-            return self._pump(lambda tls: tls.read_into(target), deadline, "read")
+            return self._pump(lambda tls: tls.read_into(target), self._deadline(), "read", self._receiving)
         except ssl.SSLZeroReturnError:
             return 0
         except ssl.SSLEOFError:
@@ -326,16 +389,9 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
                 return 0
             raise
 
-    def _take_decrypted(self, target: memoryview) -> int:
-        with self._lock:
-            size = min(len(target), len(self._decrypted))
-            target[:size] = self._decrypted[:size]
-            del self._decrypted[:size]
-        return size
-
     def pending(self) -> int:
-        """Return the number of bytes that can be read without waiting for the peer."""
-        return len(self._decrypted) + (self._of_tls(lambda tls: tls.pending) or 0)
+        """Return the number of bytes already decrypted."""
+        return self._of_tls(lambda tls: tls.pending) or 0
 
     # --- writing
 
@@ -346,6 +402,8 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send at least one byte; return the number sent."""
+        if self._plain:
+            return self._plainly(lambda: Socket.send(self, data, flags), select.POLLOUT, "send")
         _no_flags(flags, "send")
         view = memoryview(data).cast("B")
         self._ready()
@@ -353,19 +411,23 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
             return 0
         deadline = self._deadline()
         with self._turn(self._writing, select.POLLOUT, deadline, "write"):
-            return self._pump(lambda tls: tls.write(view), deadline, "write")
+            return self._pump(lambda tls: tls.write(view), deadline, "write", self._sending)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send everything, within one timeout."""
-        _no_flags(flags, "sendall")
         view = memoryview(data).cast("B")
+        sent = 0
+        if self._plain:
+            while sent < len(view):
+                sent += self.send(view[sent:], flags)
+            return
+        _no_flags(flags, "sendall")
         self._ready()
         deadline = self._deadline()
-        sent = 0
         with self._turn(self._writing, select.POLLOUT, deadline, "write"):
             while sent < len(view):
                 start = sent
-                sent = self._pump(lambda tls: tls.write_all(view, start), deadline, "write")  # noqa: B023 - at once
+                sent = self._pump(lambda tls: tls.write_all(view, start), deadline, "write", self._sending)  # noqa: B023 - at once
                 if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
                     self._wait(select.POLLOUT, deadline, "write")
 
@@ -377,43 +439,39 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def shutdown(self, how: int) -> None:
         """Close one direction or both of the transport; send close_notify before writing ends."""
-        if how != socket.SHUT_RD:
+        if how != socket.SHUT_RD and not self._plain:
             self._say_goodbye()
-        socket.socket.shutdown(self, how)
+        Socket.shutdown(self, how)
 
-    def unwrap(self) -> socket.socket:
-        """End TLS in both directions; return the plain socket.
+    def unwrap(self) -> Self:
+        """End TLS in both directions; return this socket, which sends and receives in plain from now on.
 
-        After that, this object can only be closed, which closes the plain socket: in the standard library
-        they are one.
+        Raises ssl.SSLError if the peer sends data behind this side's close_notify, and ValueError if there is no TLS.
         """
+        if self._engine is None and self._tls is None:
+            raise ValueError(f"No SSL wrapper around {self}")
         self._ready()
         deadline = self._deadline()
-        while not self._pump(lambda tls: tls.shutdown(), deadline, "unwrap"):
-            # Ours is out; now wait for the peer's. Data that it still sends is not for the plain socket.
-            with contextlib.suppress(ssl.SSLZeroReturnError):
-                self._pump(lambda tls: tls.read(_CHUNK), deadline, "unwrap")
-        self._plain = socket.socket(fileno=self.detach())
-        self._plain.settimeout(self._timeout)
-        # A `with` block closes only what is not closed yet.
-        self._closed = False
-        return self._plain
+        both = self._sending, self._receiving
+        # Ours goes out first. The second call waits for the peer's.
+        if not self._pump(lambda tls: tls.shutdown(), deadline, "unwrap", *both):
+            self._pump(lambda tls: tls.shutdown(), deadline, "unwrap", *both)
+        self._forget()
+        self._plain = True
+        return self
 
     def detach(self) -> int:
         """Give away the file descriptor without telling the peer."""
         self._forget()
-        return socket.socket.detach(self)
+        return Socket.detach(self)
 
     def _real_close(self) -> None:
         # `close` ends here, once all files that `makefile` made are closed too.
         self._say_goodbye()
         self._forget()
-        if self._connected:
+        if self._connected and not self._plain and self._receiving.owned:
             self._discard_what_has_come()
-        if self._plain is not None:
-            # ftplib drops what `unwrap` has returned, and closes this.
-            self._plain.close()
-        socket.socket._real_close(self)  # type: ignore[attr-defined]
+        Socket._real_close(self)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
         with self._lock:
@@ -428,15 +486,18 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         # instance. A client that only writes has not even read the server's tickets.
         with contextlib.suppress(OSError):
             for _ in range(4):
-                if not socket.socket.recv(self, _CHUNK):
+                if not Socket.recv(self, _CHUNK):
                     break
 
     def _say_goodbye(self) -> None:
         with self._lock:
-            if self._tls is not None:
+            if self._tls is not None and self._sending.owned:
                 # One try: closing does not wait for a peer that has stopped reading.
                 with contextlib.suppress(OSError):
                     self._tls.shutdown()
+                    if not self._tls.attached:
+                        self._unsent += self._tls.take()
+                        self._flush()
 
     # --- timeouts: kept here, the file descriptor stays non-blocking
 
@@ -454,8 +515,6 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
         if value is not None and value < 0:
             raise ValueError("Timeout value out of range")
         self._timeout = None if value is None else float(value)
-        if not self._connected:
-            socket.socket.settimeout(self, value)
 
     def getblocking(self) -> bool:
         """Return whether operations wait."""
@@ -469,18 +528,26 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def connect(self, address: Any) -> None:
         """Connect and, unless do_handshake_on_connect is off, shake hands."""
-        self._connect(socket.socket.connect, address)
+        error = self._connect(address)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def connect_ex(self, address: Any) -> int:
         """Connect like `connect`; return an error number if TCP cannot connect."""
-        return self._connect(socket.socket.connect_ex, address)
+        try:
+            return self._connect(address)
+        except TimeoutError:
+            return errno.EAGAIN
 
-    def _connect(self, connect: Callable[[socket.socket, Any], int | None], address: Any) -> int:
+    def _connect(self, address: Any) -> int:
         if self.server_side:
             raise ValueError("can't connect in server-side mode")
         if self._connected:
             raise ValueError("attempt to connect already-connected QKDSocket!")
-        error = connect(self, address)
+        error = Socket.connect_ex(self, address)
+        if error == errno.EINPROGRESS and self._timeout != 0.0:
+            self._wait(select.POLLOUT, self._deadline(), "connect")
+            error = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return error
         self._start_client()
@@ -499,7 +566,11 @@ class QKDSocket(Endpoint, ssl.SSLSocket):  # type: ignore[misc]
 
     def accept(self) -> tuple[QKDSocket, Any]:
         """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
-        plain, address = socket.socket.accept(self)
+        accept: Callable[[], tuple[int, Any]] = super()._accept  # type: ignore[misc]
+        descriptor, address = self._plainly(accept, select.POLLIN, "accept")
+        plain = Socket(self.family, self.type, self.proto, descriptor)
+        if socket.getdefaulttimeout() is None:
+            plain.setblocking(True)
         try:
             wrapped = self._context.wrap_socket(
                 plain,

@@ -10,16 +10,18 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
+from kms_client.forks import Direction
 from qkd_tls.endpoint import Endpoint, EndpointContext
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
+from qkd_tls.stdlib import SSLObject
 
 __all__ = ["QKDObject"]
 
 _T = TypeVar("_T")
 
 
-class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
+class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
     """A TLS 1.3 connection over memory. Made by `QKDContext.wrap_bio`, not by calling the class."""
 
     # The standard library's class has properties of these names.
@@ -36,11 +38,13 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         cls,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
-        context: EndpointContext,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        session: None = None,
         *,
-        server_side: bool,
-        server_hostname: str | None,
+        context: EndpointContext,
     ) -> Self:
+        # The arguments are those of the standard library's class, for contexts that it makes connections of.
         if not (isinstance(incoming, ssl.MemoryBIO) and isinstance(outgoing, ssl.MemoryBIO)):
             raise TypeError("incoming and outgoing must be ssl.MemoryBIO")
         self = cls.__new__(cls)
@@ -66,23 +70,26 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         with self._lock:
             try:
                 while self._engine is not None:
+                    if self._contested:
+                        self._use(self._sending, self._receiving)
                     self._step(self._engine)
             except ssl.SSLWantReadError:
                 raise
             except BaseException:
                 if self._engine is not None:
                     self._engine.abort()
-                    # The peer should learn why.
-                    self._send_ciphertext(self._engine.data_to_send())
-                    self._driver.take_last_words(self._outgoing)
+                    if self._sending.owned:
+                        # The peer should learn why.
+                        self._send_ciphertext(self._engine.data_to_send())
+                        self._driver.take_last_words(self._outgoing)
                 raise
 
     def _send_ciphertext(self, data: bytes) -> None:
         if data:
             self._outgoing.write(data)
 
-    def _receive_ciphertext(self) -> bytes:
-        data = self._incoming.read()
+    def _receive_ciphertext(self, size: int) -> bytes:
+        data = self._incoming.read(size)
         if not data and not self._incoming.eof:
             raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
         return data
@@ -93,22 +100,21 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
 
     # --- data: the one place where TLS is called
 
-    def _pump(self, operation: Callable[[TLSConnection], _T]) -> _T:
+    def _pump(self, operation: Callable[[TLSConnection], _T], *directions: Direction) -> _T:
         if self._tls is None:
             # As OpenSSL does where a program reads or writes first.
             self.do_handshake()
         with self._lock:
             tls = self._tls
             assert tls is not None
-            tls.feed(self._incoming.read())
+            if self._contested:
+                self._use(*directions)
             try:
-                return operation(tls)
-            except ssl.SSLWantReadError:
-                if self._incoming.eof:
-                    raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol") from None
-                raise
+                return self._over_memory(tls, operation, reading=self._receiving in directions)
             finally:
-                self._send_ciphertext(tls.take())
+                if self._sending.owned:
+                    # Else it waits, such as the answer to a KeyUpdate: another process may be sending.
+                    self._send_ciphertext(tls.take())
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         """Read up to `len` bytes and return them, or read into `buffer` and return the number.
@@ -129,7 +135,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         if not target:
             return 0
         try:
-            return self._pump(lambda tls: tls.read_into(target))
+            return self._pump(lambda tls: tls.read_into(target), self._receiving)
         except ssl.SSLZeroReturnError:
             return 0
 
@@ -140,7 +146,7 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         while sent < len(view):
             # Memory is never full.
             start = sent
-            sent = self._pump(lambda tls: tls.write_all(view, start))  # noqa: B023 - at once
+            sent = self._pump(lambda tls: tls.write_all(view, start), self._sending)  # noqa: B023 - at once
         return sent
 
     def pending(self) -> int:
@@ -148,8 +154,14 @@ class QKDObject(Endpoint, ssl.SSLObject):  # type: ignore[misc]
         return self._of_tls(lambda tls: tls.pending) or 0
 
     def unwrap(self) -> None:
-        """Send close_notify. Raises SSLWantReadError until the peer's has come too."""
-        if self._pump(lambda tls: tls.shutdown()):
-            return
+        """Send close_notify. Raises SSLWantReadError until the peer's has come too.
+
+        After a fork it needs a process that has sent and received since: event loops unwrap what they only close.
+        """
+        if not (self._sending.owned and self._receiving.owned):
+            raise ssl_error(
+                ssl.SSLError,
+                "no close_notify after a fork: another process may go on with this connection, and this one has not",
+            )
         if not self._pump(lambda tls: tls.shutdown()):
-            raise ssl_error(ssl.SSLWantReadError, "The operation did not complete (read)")
+            self._pump(lambda tls: tls.shutdown(), self._receiving)

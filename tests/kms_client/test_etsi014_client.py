@@ -446,7 +446,6 @@ class TestAuthentication:
                 with plain.accept()[0] as sock:
                     sock.recv(4096)
                     sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                    sock.shutdown(socket.SHUT_WR)
 
             thread = threading.Thread(target=serve)
             thread.start()

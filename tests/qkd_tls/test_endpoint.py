@@ -164,31 +164,12 @@ class TestTurns:
             talk(sock)
 
 
-class TestTwoReaders:
-    def test_of_what_came_with_the_handshake(self, local: Lab) -> None:
-        """Each byte goes to one of them."""
-        with connected(local.client(), local.server()) as (client, _):
-            client._decrypted += bytes(range(256)) * 40
-            got: list[bytes] = []
-
-            def read() -> None:
-                while client._decrypted:
-                    got.append(client.recv(7))
-
-            client.settimeout(0)
-            with ThreadPoolExecutor(4) as threads:
-                for done in [threads.submit(read) for _ in range(4)]:
-                    with contextlib.suppress(ssl.SSLWantReadError):
-                        done.result(TIMEOUT)
-            assert sum(map(len, got)) == 256 * 40
-
-
 class TestEndpoint:
     def test_the_ways_of_ciphertext_are_up_to_its_kinds(self) -> None:
         bare: Any = Endpoint()
         for call in (
             lambda: bare._send_ciphertext(b""),
-            bare._receive_ciphertext,
+            lambda: bare._receive_ciphertext(1),
             lambda: bare._take_over(None),
         ):
             with pytest.raises(NotImplementedError):

@@ -508,12 +508,13 @@ class TestHandshake:
             trickling.result()
 
     def test_data_in_the_flight_of_finished(self, local: Lab) -> None:
-        """What comes together with the client's Finished is not lost, nor is the end of the stream behind it."""
+        """What comes together with the client's Finished stays in the socket, and the end of the stream behind it."""
         context = local.client(policy="off")
         received: list[bytes] = []
 
         def handler(sock: QKDSocket) -> None:
             received.append(b"%d" % sock.pending())
+            select.select([sock], [], [])
             received.append(sock.recv(3))
             received.append(receive(sock, 100))
 
@@ -531,7 +532,7 @@ class TestHandshake:
             # ChangeCipherSpec, Finished, the data, close_notify: all in one piece.
             proxy.release("client", 6 + (5 + 69) + (5 + 27) + (5 + 19))
             closing.result().close()
-        assert received == [b"10", b"ear", b"ly data"]
+        assert received == [b"0", b"ear", b"ly data"]
 
     @pytest.mark.parametrize("cut", [1, 4, 5, 6, 31, 32, 35, 63])
     def test_flight_of_finished_cut_in_the_data_behind_it(self, local: Lab, cut: int) -> None:
@@ -908,22 +909,37 @@ class TestClosing:
         client.sendall(b"last words")
         unwrapping = Background(client.unwrap)
         assert receive(server, 10) == b"last words"
-        with server.unwrap() as plain_server, unwrapping.result() as plain_client:
-            assert client.fileno() == server.fileno() == -1
-            assert type(plain_client) is socket.socket
-            assert plain_client.gettimeout() == TIMEOUT
-            plain_client.sendall(b"in the clear")
-            assert plain_server.recv(100) == b"in the clear"
+        assert server.unwrap() is server
+        assert unwrapping.result() is client
+        assert client.gettimeout() == TIMEOUT
+        # In the clear, by each method.
+        client.sendall(b"in the clear")
+        assert server.recv(3) == b"in "
+        buffer = bytearray(9)
+        assert (server.recv_into(buffer), buffer) == (9, b"the clear")
+        assert server.send(b"answer") == 6
+        assert client.recv(6, socket.MSG_PEEK) == client.recv(6) == b"answer"
+        for ended in (client.read, client.unwrap):
+            with pytest.raises(ValueError, match=r"unwrapped|No SSL wrapper"):
+                ended()
+        assert (client.pending(), client.version(), client.cipher()) == (0, None, None)
+        client.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b""
+        server.settimeout(0.05)
+        client.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
 
-    def test_close_after_unwrap_closes_the_plain_socket(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
-        """ftplib drops what `unwrap` returns, and closes the object that it has called it on."""
+    def test_data_behind_close_notify_ends_unwrap(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
+        """As in the standard library: it is neither TLS's nor the plain socket's."""
         client, server = pair
-        unwrapping = Background(client.unwrap)
-        with server.unwrap() as plain_server:
-            with client:
-                plain_client = unwrapping.result()
-            assert plain_client.fileno() == -1
-            assert plain_server.recv(1) == b""
+        server.sendall(b"data")
+        with pytest.raises(ssl.SSLError) as caught:
+            client.unwrap()
+        assert caught.value.reason == "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"
 
     def test_detach(self, pair: tuple[QKDSocket, QKDSocket]) -> None:
         client, server = pair
