@@ -30,6 +30,9 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
+_READ: Final = 0x1
+_WRITE: Final = 0x4
+"""The events of `poll`, which a program may take away."""
 
 
 class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
@@ -146,14 +149,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             except ssl.SSLWantReadError:
                 if self._timeout == 0.0:
                     # OpenSSL returns after each ticket or KeyUpdate; the caller should not have to ask again.
-                    if self._ready_to_read():
+                    if _is_ready(self.fileno(), _READ, 0):
                         continue
                     raise
-                event = select.POLLIN
+                event = _READ
             except ssl.SSLWantWriteError:
                 if self._timeout == 0.0:
                     raise
-                event = select.POLLOUT
+                event = _WRITE
             self._wait(event, deadline, what)
 
     def _contested_operation(
@@ -194,11 +197,6 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                     raise
             self._wait(event, deadline, what)
 
-    def _ready_to_read(self) -> bool:
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
-
     @contextlib.contextmanager
     def _turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> Iterator[None]:
         """Hold the lock for the block, after waiting for other threads within the deadline."""
@@ -216,12 +214,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         descriptor = self.fileno()
         if descriptor < 0:
             raise OSError(9, "Bad file descriptor: the connection has been closed")
-        poll = select.poll()
-        poll.register(descriptor, event)
         remaining = None if deadline is None else deadline - time.monotonic()
-        if (remaining is not None and remaining <= 0) or not poll.poll(
-            None if remaining is None else remaining * 1000
-        ):
+        if (remaining is not None and remaining <= 0) or not _is_ready(descriptor, event, remaining):
             raise _timed_out(what)
 
     def _deadline(self) -> float | None:
@@ -231,7 +225,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, unless done already; ask the key manager in this thread."""
-        with self._turn(self._handshaking, select.POLLIN, self._deadline(), "handshake"):
+        with self._turn(self._handshaking, _READ, self._deadline(), "handshake"):
             if not self._connected:
                 # Raises where there is no connection; a non-blocking one may have come about since `connect`.
                 self.getpeername()
@@ -252,11 +246,11 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                 except ssl.SSLWantReadError:
                     if self._timeout == 0.0:
                         raise
-                    self._wait(select.POLLIN, deadline, "handshake")
+                    self._wait(_READ, deadline, "handshake")
                 except ssl.SSLWantWriteError:
                     if self._timeout == 0.0:
                         raise
-                    self._wait(select.POLLOUT, deadline, "handshake")
+                    self._wait(_WRITE, deadline, "handshake")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except BaseException:
@@ -289,14 +283,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         try:
             return Socket.recv(self, size)
         except BlockingIOError:
-            raise _want(select.POLLIN) from None
+            raise _want(_READ) from None
 
     def _flush(self) -> None:
         while self._unsent:
             try:
                 sent = Socket.send(self, self._unsent)
             except BlockingIOError:
-                raise _want(select.POLLOUT) from None
+                raise _want(_WRITE) from None
             del self._unsent[:sent]
 
     def _take_over(self, tls: TLSConnection) -> None:
@@ -357,7 +351,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Return at least one byte, at most `buflen` or a record's; no bytes at the end of the stream."""
         if self._plain:
-            return self._plainly(lambda: Socket.recv(self, buflen, flags), select.POLLIN, "recv")
+            return self._plainly(lambda: Socket.recv(self, buflen, flags), _READ, "recv")
         _no_flags(flags, "recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
@@ -369,7 +363,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
         if self._plain:
             return self._plainly(
-                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), select.POLLIN, "recv_into"
+                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), _READ, "recv_into"
             )
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
@@ -403,14 +397,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def send(self, data: Any, flags: int = 0) -> int:
         """Send at least one byte; return the number sent."""
         if self._plain:
-            return self._plainly(lambda: Socket.send(self, data, flags), select.POLLOUT, "send")
+            return self._plainly(lambda: Socket.send(self, data, flags), _WRITE, "send")
         _no_flags(flags, "send")
         view = memoryview(data).cast("B")
         self._ready()
         if not len(view):
             return 0
         deadline = self._deadline()
-        with self._turn(self._writing, select.POLLOUT, deadline, "write"):
+        with self._turn(self._writing, _WRITE, deadline, "write"):
             return self._pump(lambda tls: tls.write(view), deadline, "write", self._sending)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -424,12 +418,12 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         _no_flags(flags, "sendall")
         self._ready()
         deadline = self._deadline()
-        with self._turn(self._writing, select.POLLOUT, deadline, "write"):
+        with self._turn(self._writing, _WRITE, deadline, "write"):
             while sent < len(view):
                 start = sent
                 sent = self._pump(lambda tls: tls.write_all(view, start), deadline, "write", self._sending)  # noqa: B023 - at once
                 if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
-                    self._wait(select.POLLOUT, deadline, "write")
+                    self._wait(_WRITE, deadline, "write")
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file through TLS; return the number of bytes sent."""
@@ -546,7 +540,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             raise ValueError("attempt to connect already-connected QKDSocket!")
         error = Socket.connect_ex(self, address)
         if error == errno.EINPROGRESS and self._timeout != 0.0:
-            self._wait(select.POLLOUT, self._deadline(), "connect")
+            self._wait(_WRITE, self._deadline(), "connect")
             error = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return error
@@ -567,7 +561,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def accept(self) -> tuple[QKDSocket, Any]:
         """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
         accept: Callable[[], tuple[int, Any]] = super()._accept  # type: ignore[misc]
-        descriptor, address = self._plainly(accept, select.POLLIN, "accept")
+        descriptor, address = self._plainly(accept, _READ, "accept")
         plain = Socket(self.family, self.type, self.proto, descriptor)
         if socket.getdefaulttimeout() is None:
             plain.setblocking(True)
@@ -621,6 +615,17 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         raise NotImplementedError("Can't dup() QKDSocket instances")
 
 
+def _is_ready(descriptor: int, event: int, seconds: float | None) -> bool:
+    """Wait until the descriptor can be read or written, with whatever function a program has put in place."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(descriptor, event)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+    # eventlet takes `poll` away.
+    reading, writing = ([descriptor], []) if event == _READ else ([], [descriptor])
+    return any(select.select(reading, writing, [], seconds))
+
+
 def _peer_port(sock: socket.socket) -> int | None:
     """Return the peer's TCP port; None before connecting, and for other kinds of address."""
     try:
@@ -631,7 +636,7 @@ def _peer_port(sock: socket.socket) -> int | None:
 
 
 def _want(event: int) -> ssl.SSLError:
-    if event == select.POLLIN:
+    if event == _READ:
         return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
     return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
 

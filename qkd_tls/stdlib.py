@@ -1,11 +1,12 @@
 """The standard library's classes that ours are made from, bound when this package is imported.
 
-Programs replace them in the modules `ssl` and `socket` (gevent, eventlet, `truststore.inject_into_ssl()`), before or
-after: the originals are found through what nobody replaces, the C class behind a context.
+Programs put others into the modules `ssl` and `socket` (gevent, eventlet, `truststore.inject_into_ssl()`), before or
+after: the originals are found through the classes of C below them, which nobody replaces.
 """
 
 from __future__ import annotations
 
+import _socket
 import _ssl
 import socket
 import ssl
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 __all__ = ["BaseContext", "SSLContext", "SSLObject", "SSLSocket", "Socket"]
 
 BaseContext: Final[Any] = _ssl._SSLContext
-"""The C class that `ssl.SSLContext` adds Python's enumerations to."""
+"""The class of C that `ssl.SSLContext` adds Python's enumerations to."""
+
+
+def _original(base: Any, module: str, name: str, otherwise: Any = None) -> Any:
+    """Return the first class of this name that was derived from `base`."""
+    found = (k for k in base.__subclasses__() if (k.__module__, k.__qualname__) == (module, name))
+    return next(found, otherwise)
+
 
 if TYPE_CHECKING:
     SSLContext = ssl.SSLContext
@@ -22,7 +30,8 @@ if TYPE_CHECKING:
     SSLSocket = ssl.SSLSocket
     Socket = socket.socket
 else:
-    SSLContext = next(kind for kind in ssl.SSLContext.__mro__ if kind.__base__ is BaseContext)
-    # The classes that a context makes its connections of; a subclass by somebody else has others.
-    SSLSocket, SSLObject = SSLContext.sslsocket_class, SSLContext.sslobject_class
-    Socket = SSLSocket.__base__
+    SSLContext = _original(BaseContext, "ssl", "SSLContext")
+    SSLObject = _original(object, "ssl", "SSLObject")
+    Socket = _original(_socket.socket, "socket", "socket")
+    # gevent replaces the socket before `ssl` is imported, which then makes its class of gevent's.
+    SSLSocket = _original(Socket, "ssl", "SSLSocket", otherwise=Socket)
