@@ -360,6 +360,18 @@ class QKDContext(SSLContext):
 
     # --- connections
 
+    def _host_name(self, name: str | bytes | None) -> str | None:
+        text: str | None = self._encode_hostname(name)  # type: ignore[attr-defined]
+        if text is None:
+            return None
+        if self.check_hostname and not text:
+            raise ValueError("check_hostname requires server_hostname")
+        if not text or text.startswith("."):
+            raise ValueError("server_hostname cannot be an empty string or start with a leading dot.")
+        if "\0" in text:
+            raise TypeError("server_hostname must not contain null characters")
+        return text
+
     def wrap_socket(  # type: ignore[override]
         self,
         sock: Socket,
@@ -386,7 +398,7 @@ class QKDContext(SSLContext):
             server_side=server_side,
             do_handshake_on_connect=do_handshake_on_connect,
             suppress_ragged_eofs=suppress_ragged_eofs,
-            server_hostname=_ascii_hostname(server_hostname),
+            server_hostname=self._host_name(server_hostname),
         )
 
     def wrap_bio(  # type: ignore[override]
@@ -407,7 +419,7 @@ class QKDContext(SSLContext):
             outgoing,
             context=self,
             server_side=server_side,
-            server_hostname=_ascii_hostname(server_hostname),
+            server_hostname=self._host_name(server_hostname),
         )
 
     def new_engine(
@@ -592,17 +604,3 @@ def _no_session(session: None) -> None:
 
 def _refuse(what: str, instead: str) -> NoReturn:
     raise NotImplementedError(f"QKDContext has no {what}: {instead}")
-
-
-def _ascii_hostname(name: str | bytes | None) -> str | None:
-    if name is None:
-        return None
-    text = name.decode("ascii") if isinstance(name, bytes | bytearray) else name
-    if not text or text.startswith("."):
-        raise UnicodeError("server_hostname cannot be an empty string or start with a leading dot.")
-    if "\0" in text:
-        raise TypeError("server_hostname must not contain null characters")
-    ascii_text = text if text.isascii() else text.encode("idna").decode("ascii")
-    if len(ascii_text) > 253:
-        raise ValueError("server_hostname is longer than 253 characters")
-    return ascii_text

@@ -10,6 +10,7 @@ not wait for a KMS.
 
 from __future__ import annotations
 
+import _ssl
 import socket
 import ssl
 import sys
@@ -37,7 +38,7 @@ from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, ssl_error
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
 from qkd_tls.records import RecordBuffer
-from qkd_tls.stdlib import SSLContext
+from qkd_tls.stdlib import SSLContext, SSLObject
 
 __all__ = [
     "Driver",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_SSLSocket: Final[Any] = _ssl._SSLSocket  # type: ignore[attr-defined]
 _QUESTIONS: Final = frozenset({"cipher", "getpeercert", "qkd", "selected_alpn_protocol", "version"})
 _FORK_PATIENCE: Final = 1.0
 """Seconds that a fork waits for a call of OpenSSL in another thread, which takes less than a thousandth of that."""
@@ -220,9 +222,15 @@ class NotThroughTheStandardLibrary:
         endpoint = self._endpoint()
         if name in _QUESTIONS and endpoint is not None:
             return getattr(endpoint, name)
-        raise NotImplementedError(
-            f"this connection's TLS is not the standard library's: {name} is not implemented"
-        )
+        if not hasattr(_SSLSocket, name):
+            raise AttributeError(f"'_ssl._SSLSocket' object has no attribute {name!r}")
+
+        def refuse(*_: object, **__: object) -> NoReturn:
+            raise NotImplementedError(
+                f"this connection's TLS is not the standard library's: {name} is not implemented"
+            )
+
+        return refuse
 
 
 class Endpoint:
@@ -466,13 +474,15 @@ class Endpoint:
             return certificate
         return {} if self._context.verify_mode == ssl.CERT_NONE else certificate_dict(certificate)
 
-    def get_verified_chain(self) -> NoReturn:
-        """Raise NotImplementedError: an association keeps the peer's own certificate only."""
-        raise NotImplementedError("only the peer's own certificate is kept: use getpeercert(True)")
+    if hasattr(SSLObject, "get_verified_chain"):  # from Python 3.13 on
 
-    def get_unverified_chain(self) -> NoReturn:
-        """Raise NotImplementedError: an association keeps the peer's own certificate only."""
-        self.get_verified_chain()
+        def get_verified_chain(self) -> NoReturn:
+            """Raise NotImplementedError: an association keeps the peer's own certificate only."""
+            raise NotImplementedError("only the peer's own certificate is kept: use getpeercert(True)")
+
+        def get_unverified_chain(self) -> NoReturn:
+            """Raise NotImplementedError: an association keeps the peer's own certificate only."""
+            self.get_verified_chain()
 
     def get_channel_binding(self, cb_type: str = "tls-exporter") -> bytes | None:
         """Return the channel binding, 32 bytes (RFC 9266); None before the handshake is complete."""

@@ -397,7 +397,10 @@ class TLSConnection(_Owner):
         if self.context.settings.check_hostname:
             parameters = _lib.SSL_get0_param(self._raw)
             if address is None:
-                _require(_lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name)) == 1)
+                if _lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name)) != 1:
+                    # It is not a host's name: a trailing dot, a port, an address in brackets.
+                    _lib.ERR_clear_error()
+                    raise self._verification_error(VerificationFailed.HOSTNAME_MISMATCH)
             else:
                 _require(_lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address)) == 1)
 
@@ -640,13 +643,12 @@ class TLSConnection(_Owner):
             self._truncated = True
             raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
         if reason == "certificate verify failed":
-            raise self._verification_error()
+            raise self._verification_error(_lib.SSL_get_verify_result(self._raw))
         reason = reason or "unknown error"
         name = _ALERT_SPELLING.sub("SSLV3_ALERT_", reason.upper().replace(" ", "_"))
         raise ssl_error(ssl.SSLError, f"[SSL: {name}] {reason}", name)
 
-    def _verification_error(self) -> ssl.SSLCertVerificationError:
-        code = _lib.SSL_get_verify_result(self._raw)
+    def _verification_error(self, code: int) -> ssl.SSLCertVerificationError:
         text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode()
         if code == VerificationFailed.HOSTNAME_MISMATCH:
             text = f"Hostname mismatch, certificate is not valid for '{self._server_hostname}'."
@@ -768,7 +770,8 @@ def _alpn_names(wire: bytes) -> tuple[bytes, ...]:
 def _host(name: str) -> tuple[bytes, bytes | None]:
     """Return a host's name, and its address if it is one."""
     try:
-        address = ipaddress.ip_address(name).packed
+        # A zone (RFC 4007) is this host's affair: no certificate has one.
+        address = None if "%" in name else ipaddress.ip_address(name).packed
     except ValueError:
         address = None
     return name.encode("ascii"), address

@@ -21,7 +21,8 @@ StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Password = str | bytes | bytearray | Callable[[], str | bytes | bytearray]
 
 _PEM: Final = re.compile(
-    r"-----BEGIN (CERTIFICATE|TRUSTED CERTIFICATE|X509 CRL)-----\s.+?-----END \1-----", re.DOTALL
+    r"-----BEGIN (CERTIFICATE|X509 CERTIFICATE|TRUSTED CERTIFICATE|X509 CRL)-----\s.+?-----END \1-----",
+    re.DOTALL,
 )
 # OpenSSL's buffer for it (PEM_BUFSIZE).
 _LONGEST_PASSWORD: Final = 1024
@@ -31,15 +32,22 @@ def read_pem(text: str) -> tuple[list[bytes], list[bytes]]:
     """Return the certificates and the CRLs in PEM text, each in DER; skip everything else."""
     certificates, crls = [], []
     for match in _PEM.finditer(text):
-        kind = match.group(1)
-        # The standard library's converter knows one label only; the content is the same for a plain certificate.
-        der = ssl.PEM_cert_to_DER_cert(match.group().replace(f" {kind}-", " CERTIFICATE-"))
-        if kind == "X509 CRL":
-            crls.append(der)
+        if match.group(1) == "X509 CRL":
+            crls.append(_der(match))
         else:
-            # A trusted certificate has OpenSSL's own settings behind it.
-            certificates.append(next(split_der(der)))
+            certificates.append(_certificate(match))
     return certificates, crls
+
+
+def _der(match: re.Match[str]) -> bytes:
+    # The standard library's converter knows one label only.
+    return ssl.PEM_cert_to_DER_cert(match.group().replace(f" {match.group(1)}-", " CERTIFICATE-"))
+
+
+def _certificate(match: re.Match[str]) -> bytes:
+    der = _der(match)
+    # A trusted certificate has OpenSSL's own settings behind it.
+    return next(split_der(der), b"") if match.group(1) == "TRUSTED CERTIFICATE" else der
 
 
 def read_chain(file: str) -> list[bytes]:
@@ -50,11 +58,10 @@ def read_chain(file: str) -> list[bytes]:
         OSError: the file cannot be read.
     """
     try:
-        chain = [
-            ssl.PEM_cert_to_DER_cert(match.group())
-            for match in _PEM.finditer(Path(file).read_text("latin-1"))
-            if match.group(1) == "CERTIFICATE"
-        ]
+        found = [m for m in _PEM.finditer(Path(file).read_text("latin-1")) if m.group(1) != "X509 CRL"]
+        # As OpenSSL does: a trusted certificate may come first only.
+        chain = [_certificate(m) for m in found[:1]]
+        chain += [_der(m) for m in found[1:] if m.group(1) != "TRUSTED CERTIFICATE"]
     except binascii.Error as error:
         raise ssl_error(ssl.SSLError, f"[SSL] PEM lib: a certificate in {file} is damaged: {error}") from None
     if not chain:

@@ -33,7 +33,6 @@ from kms_client import (
     QKDKey,
     UnknownKey,
     UnknownSAE,
-    forks,
 )
 from kms_client.emulator import Faults, RunningPair, ensure_demo_pki, run_pair
 from kms_client.emulator.pair import SideName
@@ -394,7 +393,7 @@ class TestMembers:
         a, _ = LocalKeyManager.pair("A", "B")
         manager = FailoverKeyManager([a])
         manager._lock.acquire()  # as another thread of the parent may have at the fork
-        forks._after_fork_in_child()
+        manager.forget()
         assert len(manager.get_keys("B")) == 1
 
 

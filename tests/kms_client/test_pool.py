@@ -35,7 +35,6 @@ from kms_client import (
     NoKeysLeft,
     QKDKey,
     UnknownSAE,
-    forks,
 )
 from kms_client.emulator import Limits, RunningPair, run_pair
 from kms_client.emulator.kme import server_context
@@ -617,7 +616,7 @@ pool.close()
             thread.join()
             pool._closed = False
             held = [key for _, key in pool._stocks["B"]._keys]
-            forks._after_fork_in_child()
+            pool.forget()
             assert all(key.used for key in held)
             assert pool.statistics.fetched == 0
             assert len(pool.get_keys("B")) == 1

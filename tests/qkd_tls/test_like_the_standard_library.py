@@ -5,6 +5,8 @@ CPython's own tests, see tests/cpython, ask the same and more where the interpre
 
 from __future__ import annotations
 
+import _ssl
+import contextlib
 import errno
 import socket
 import ssl
@@ -14,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+import qkd_tls
 from qkd_tls import QKDContext, QKDSocket
 from tests.support.sockets import TIMEOUT, Authority, Lab, Server, connect, connected, talk, tcp_pair
 
@@ -162,3 +167,134 @@ def test_key_log(local: Lab, tmp_path: Path) -> None:
         talk(sock)
     lines = (tmp_path / "keys").read_text().splitlines()
     assert sum(line.startswith("CLIENT_TRAFFIC_SECRET_0 ") for line in lines) == 2
+
+
+NAMES = [
+    "localhost",
+    "127.0.0.1",
+    "::1",
+    "*.wild.example",
+    "xn--bcher-kva.example",
+    "my_host.example",
+    "server.example",
+]
+
+
+class Names:
+    """Contexts of both kinds, and a server with many names."""
+
+    def __init__(self, directory: Path) -> None:
+        ca = Authority(directory)
+        identity = ca.issue("names", NAMES)
+        self.server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.server.load_cert_chain(identity.cert_file, identity.key_file)
+        self.clients: dict[bool, list[ssl.SSLContext]] = {}
+        for check in (True, False):
+            self.clients[check] = [
+                ssl.create_default_context(cafile=str(ca.file)),
+                qkd_tls.create_default_context(cafile=str(ca.file), policy="off", groups=["X25519"]),
+            ]
+            for client in self.clients[check]:
+                client.check_hostname = check
+
+    def outcomes(self, name: Any, *, check: bool) -> list[object]:
+        """Return what each context makes of a name: the name that it kept and the server saw, or the error."""
+        return [self._outcome(client, name) for client in self.clients[check]]
+
+    def _outcome(self, client: ssl.SSLContext, name: Any) -> object:
+        seen: list[str | None] = []
+        self.server.sni_callback = lambda _sock, name, _context: seen.append(name)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        try:
+            one = client.wrap_bio(to_client, to_server, server_hostname=name)
+            other = self.server.wrap_bio(to_server, to_client, server_side=True)
+            for side in (one, other, one):
+                try:
+                    side.do_handshake()
+                except ssl.SSLWantReadError:
+                    continue
+        except ssl.SSLCertVerificationError as error:
+            return type(error), error.verify_code, error.verify_message
+        except (OSError, ValueError, TypeError) as error:
+            return type(error)
+        return one.server_hostname, seen
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Names:
+    return Names(tmp_path_factory.mktemp("names"))
+
+
+LABELS = st.text("ab0-_*%[]:. éß\0", max_size=6) | st.sampled_from(
+    ["localhost", "LOCALHOST", "a" * 63, "a" * 64]
+)
+HOSTS = st.one_of(
+    st.lists(LABELS, max_size=3).map(".".join),
+    st.sampled_from(NAMES).flatmap(
+        lambda name: st.sampled_from(
+            [name, name + ".", name + ":443", f"[{name}]", name + "%lo", name.upper()]
+        )
+    ),
+    st.ip_addresses().map(str),
+    st.sampled_from(
+        ["127.1", "0:0:0:0:0:0:0:1", "a.wild.example", "a.b.wild.example", "bücher.example", "b" * 254]
+    ),
+)
+
+
+@pytest.mark.filterwarnings("ignore::qkd_tls.ClassicalGroupWarning")
+@example(name="localhost.", check=True)
+@example(name="server.example:443", check=True)
+@example(name="[::1]", check=True)
+@example(name="::1%lo", check=True)
+@given(
+    name=HOSTS | HOSTS.map(lambda name: name.encode("ascii", "ignore")),
+    check=st.booleans(),
+)
+def test_names_of_servers(names: Names, name: str | bytes, check: bool) -> None:
+    stock, ours = names.outcomes(name, check=check)
+    assert ours == stock
+
+
+@pytest.mark.parametrize(
+    "label", ["CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE", "NO CERTIFICATE"]
+)
+@pytest.mark.parametrize(
+    "second", ["CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE", "NO CERTIFICATE"]
+)
+def test_labels_of_certificates(tmp_path: Path, label: str, second: str) -> None:
+    """In a file of CAs, and in a chain: as many are found, or none."""
+    ca = Authority(tmp_path)
+    identity = ca.issue()
+    file = tmp_path / "labels.pem"
+    parts = [identity.cert_file.read_text(), ca.pem]
+    file.write_text(
+        "".join(
+            part.replace(" CERTIFICATE-", f" {kind}-")
+            for part, kind in zip(parts, (label, second), strict=True)
+        )
+    )
+    found = []
+    for kind in (ssl.SSLContext, lambda protocol: QKDContext(protocol, policy="off")):
+        context: ssl.SSLContext = kind(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(file, identity.key_file)
+            loaded: object = True
+        except ssl.SSLError as error:
+            loaded = type(error)
+        with contextlib.suppress(ssl.SSLError):
+            context.load_verify_locations(file)
+        found.append((loaded, len(context.get_ca_certs())))
+    assert found[0] == found[1]
+
+
+def test_attributes_of_the_object_below(local: Lab) -> None:
+    """A program that looks for one finds those that the standard library has, and no others."""
+    with connected(local.client(), local.server()) as (client, _):
+        below: Any = _ssl._SSLSocket  # type: ignore[attr-defined]
+        for name in [*dir(below), "ech_status", "nonexistent"]:
+            assert hasattr(client._sslobj, name) is hasattr(below, name), name
+        for name in dir(ssl.SSLSocket):
+            assert hasattr(client, name), name
+        for name in ("get_verified_chain", "get_unverified_chain", "group", "client_sigalg"):
+            assert hasattr(client, name) is hasattr(ssl.SSLSocket, name), name
