@@ -42,6 +42,9 @@ __all__ = [
     "Contexts",
     "Mode",
     "OutOfStep",
+    "OverMemory",
+    "OverSocket",
+    "Run",
     "Script",
     "Side",
     "compare",
@@ -241,16 +244,22 @@ def _logged(client: ssl.SSLContext, server: ssl.SSLContext, folder: Path, name: 
 # --- transports
 
 
-class _OverSocket:
+class OverSocket:
     """The connection under test on one end of a pair of sockets."""
 
-    def __init__(self, context: ssl.SSLContext, side: Side, suppress_ragged_eofs: bool) -> None:
-        near, self._far = socket.socketpair()
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        side: Side,
+        suppress_ragged_eofs: bool,
+        ends: tuple[socket.socket, socket.socket] | None = None,
+    ) -> None:
+        near, self.far = ends or socket.socketpair()
         near.setblocking(False)
-        for end in (near, self._far):
+        for end in (near, self.far):
             # Room for all that a script can send.
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self._far.setblocking(False)
+        self.far.setblocking(False)
         self.tls: Any = context.wrap_socket(
             near,
             server_side=side == "server",
@@ -265,16 +274,16 @@ class _OverSocket:
     def put(self, data: bytes) -> None:
         # Closed at the other end already, perhaps.
         with contextlib.suppress(OSError):
-            assert self._far.send(data) == len(data)
+            assert self.far.send(data) == len(data)
 
     def put_end(self) -> None:
         with contextlib.suppress(OSError):
-            self._far.shutdown(socket.SHUT_WR)
+            self.far.shutdown(socket.SHUT_WR)
 
     def take(self) -> bytes:
         taken = b""
         with contextlib.suppress(OSError):
-            while data := self._far.recv(1 << 20):
+            while data := self.far.recv(1 << 20):
                 taken += data
         return taken
 
@@ -294,15 +303,15 @@ class _OverSocket:
 
     def close(self) -> None:
         self.tls.close()
-        self._far.close()
+        self.far.close()
 
 
-class _OverMemory:
+class OverMemory:
     def __init__(self, context: ssl.SSLContext, side: Side) -> None:
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls: Any = context.wrap_bio(
-            self._incoming,
-            self._outgoing,
+            self.incoming,
+            self.outgoing,
             server_side=side == "server",
             server_hostname=None if side == "server" else "localhost",
         )
@@ -312,18 +321,18 @@ class _OverMemory:
 
     def put(self, data: bytes) -> None:
         if data:
-            self._incoming.write(data)
+            self.incoming.write(data)
 
     def put_end(self) -> None:
-        self._incoming.write_eof()
+        self.incoming.write_eof()
 
     def take(self) -> bytes:
-        return self._outgoing.read()
+        return self.outgoing.read()
 
     def state(self) -> dict[str, Any]:
         return {
-            "incoming.pending": self._incoming.pending,
-            "incoming.eof": self._incoming.eof,
+            "incoming.pending": self.incoming.pending,
+            "incoming.eof": self.incoming.eof,
             "pending": self.tls.pending(),
         }
 
@@ -342,6 +351,8 @@ class Run:
     side: Side
     script: Script
     timeout: float
+    ends: tuple[socket.socket, socket.socket] | None = None
+    """The sockets of the side under test and of its peer, if they are made already."""
     received: bytes = b""
     """What the side under test has read."""
     _queue: list[bytes] = field(default_factory=list)
@@ -355,9 +366,9 @@ class Run:
         self._handshakes = self.contexts.prepare(self.script.path)
         context = self.contexts.context(self.side)
         self._transport = (
-            _OverMemory(context, self.side)
+            OverMemory(context, self.side)
             if self.mode == "object"
-            else _OverSocket(context, self.side, self.script.suppress_ragged_eofs)
+            else OverSocket(context, self.side, self.script.suppress_ragged_eofs, self.ends)
         )
 
     def close(self) -> None:
@@ -496,18 +507,39 @@ class Run:
         if self._plain:
             return [(0, stream)]
         if self._opener is None:
-            records, rest = split_records(stream)
-            if self.side == "client":
-                # Up to its Finished.
-                number = next((i for i, record in enumerate(records, 1) if record[0] == DATA), 0)
-                if not number:
-                    return [(0, stream)]
-                self._peer.incoming.write(b"".join(records[:number]))
-                self._peer.tls.do_handshake()
-                stream = b"".join(records[number:]) + rest
+            after = self._behind_finished(stream)
+            if after is None:
+                return [(0, stream)]
             # A server logs the client's secret when the client's Finished has come.
             self._opener = Opener(self.contexts.logs[_OTHER[self.side]].secrets(self.side)[-1])
+            stream = after
         return [_known(*record) for record in self._opener.open(stream) if not _is_ticket(*record)]
+
+    def _behind_finished(self, stream: bytes) -> bytes | None:
+        """Give the client's Finished to the server; return what comes behind, None if there is no Finished."""
+        if self.side == "server":
+            return stream
+        records, rest = split_records(stream)
+        number = next((i for i, record in enumerate(records, 1) if record[0] == DATA), 0)
+        if not number:
+            return None
+        self._peer.incoming.write(b"".join(records[:number]))
+        self._peer.tls.do_handshake()
+        return b"".join(records[number:]) + rest
+
+    def hand_over(self) -> bytes:
+        """Complete the handshake; return what the side under test has sent behind it."""
+        self.up_to_the_last_flight()
+        self.tls.do_handshake()
+        return self._behind_finished(self._transport.take()) or b""
+
+    @property
+    def tls(self) -> Any:
+        return self._transport.tls
+
+    @property
+    def transport(self) -> OverSocket | OverMemory:
+        return self._transport
 
 
 def _is_ticket(content_type: int, content: bytes) -> bool:
@@ -582,7 +614,7 @@ def _failure(outcome: Any) -> bool:
 
 
 def _nothing(outcome: Any) -> bool:
-    """Whether a call fails, or says that there is no more to read, which `suppress_ragged_eofs` makes of some failures."""
+    """Whether a call fails or reads nothing, which `suppress_ragged_eofs` makes of some failures."""
     return _failure(outcome) or outcome in (b"", 0) or (isinstance(outcome, tuple) and outcome[0] == 0)
 
 
