@@ -357,15 +357,20 @@ class Endpoint:
         while True:
             if reading and tls.hungry:
                 record = self._next_record()
-                if not record:
-                    raise ssl_error(ssl.SSLEOFError, "EOF occurred in violation of protocol")
-                tls.feed(record)
+                if record:
+                    tls.feed(record)
+                else:
+                    tls.end()
             try:
                 return operation(tls)
             except ssl.SSLWantReadError:
                 if not tls.hungry:
                     raise
                 reading = True
+
+    def _at_the_end(self) -> bool:
+        """Return whether the peer's close_notify is an end; behind one's own, the standard library raises."""
+        return not self._of_tls(lambda tls: tls.close_notify_sent)
 
     # --- forks
 

@@ -359,6 +359,8 @@ class TLSConnection(_Owner):
     """True if the transport has ended without the peer's close_notify."""
     _failed = False
     """True if OpenSSL has ended the connection with an error."""
+    _ended = False
+    """True if the transport has ended, in memory."""
 
     def __init__(
         self,
@@ -420,6 +422,11 @@ class TLSConnection(_Owner):
         if data:
             _require(_lib.BIO_write(self._incoming, data, len(data)) == len(data))
 
+    def end(self) -> None:
+        """Say that the transport has ended: nothing more will be fed."""
+        self._ended = True
+        _lib.BIO_set_mem_eof_return(self._incoming, 0)
+
     def take(self) -> bytes:
         """Return all ciphertext for the transport."""
         scratch = _this_thread.scratch
@@ -448,11 +455,7 @@ class TLSConnection(_Owner):
     @property
     def hungry(self) -> bool:
         """True if a read wants another record: nothing is decrypted, and the stream has not ended."""
-        return not (
-            self._failed
-            or _lib.SSL_pending(self._raw)
-            or _lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN
-        )
+        return not (self._failed or self._ended or _lib.SSL_pending(self._raw) or self.close_notify_received)
 
     # --- handshake
 
@@ -619,6 +622,11 @@ class TLSConnection(_Owner):
     def close_notify_received(self) -> bool:
         """True if the peer has closed its direction."""
         return bool(_lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN)
+
+    @property
+    def close_notify_sent(self) -> bool:
+        """True if this side has closed its direction."""
+        return bool(_lib.SSL_get_shutdown(self._raw) & SSL.SENT_SHUTDOWN)
 
     # --- errors
 

@@ -377,7 +377,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         try:
             return self._pump(lambda tls: tls.read_into(target), self._deadline(), "read", self._receiving)
         except ssl.SSLZeroReturnError:
-            return 0
+            if self._at_the_end():
+                return 0
+            raise
         except ssl.SSLEOFError:
             if self.suppress_ragged_eofs:
                 return 0
@@ -395,35 +397,45 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         return self.send(data)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send at least one byte; return the number sent."""
+        """Send everything; return its size in bytes.
+
+        If the timeout is 0, only as much as the transport takes at once, at least one byte.
+        """
         if self._plain:
             return self._plainly(lambda: Socket.send(self, data, flags), _WRITE, "send")
         _no_flags(flags, "send")
         view = memoryview(data).cast("B")
         self._ready()
-        if not len(view):
-            return 0
-        deadline = self._deadline()
-        with self._turn(self._writing, _WRITE, deadline, "write"):
-            return self._pump(lambda tls: tls.write(view), deadline, "write", self._sending)
+        return self._write(view, self._deadline(), whole=False)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send everything, within one timeout."""
         view = memoryview(data).cast("B")
-        sent = 0
         if self._plain:
+            sent = 0
             while sent < len(view):
                 sent += self.send(view[sent:], flags)
             return
         _no_flags(flags, "sendall")
         self._ready()
-        deadline = self._deadline()
+        self._write(view, self._deadline(), whole=True)
+
+    def _write(self, view: memoryview, deadline: float | None, *, whole: bool) -> int:
+        sent = 0
         with self._turn(self._writing, _WRITE, deadline, "write"):
             while sent < len(view):
                 start = sent
-                sent = self._pump(lambda tls: tls.write_all(view, start), deadline, "write", self._sending)  # noqa: B023 - at once
+                try:
+                    sent = self._pump(
+                        lambda tls: tls.write_all(view, start), deadline, "write", self._sending
+                    )  # noqa: B023 - at once
+                except ssl.SSLWantWriteError:
+                    if whole or not sent:
+                        raise
+                    break
                 if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
                     self._wait(_WRITE, deadline, "write")
+        return sent
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file through TLS; return the number of bytes sent."""

@@ -137,7 +137,9 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         try:
             return self._pump(lambda tls: tls.read_into(target), self._receiving)
         except ssl.SSLZeroReturnError:
-            return 0
+            if self._at_the_end():
+                return 0
+            raise
 
     def write(self, data: Any) -> int:
         """Encrypt all of it; return its size in bytes."""

@@ -251,7 +251,8 @@ class _Peer:
         if self._memory:
             return bytes.fromhex(answer.get("ciphertext", ""))
         taken = b""
-        with contextlib.suppress(BlockingIOError):
+        # Once all have closed it with data unread, the system resets the connection, as the standard library's.
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while data := self._far.recv(1 << 16):
                 taken += data
         return taken
