@@ -57,7 +57,7 @@ LIMIT: Final = 0.4
 """Seconds that programs are told to wait, where the peer falls silent."""
 
 COLUMNS: Final = {
-    "connects": "connects",
+    "connects": "works",
     "up": "10 MB up",
     "down": "10 MB down",
     "timeout": "times out",
