@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from tests.support.dropin.harness import Program
-from tests.support.dropin.programs import browsers, databases, ftp, http_clients, http_servers, mail, streams
+from tests.support.dropin.programs import (
+    browsers,
+    databases,
+    event_loops,
+    ftp,
+    http_clients,
+    http_servers,
+    mail,
+    streams,
+)
 
 __all__ = ["PROGRAMS"]
 
@@ -13,6 +22,7 @@ PROGRAMS: list[type[Program]] = [
     *ftp.PROGRAMS,
     *http_servers.PROGRAMS,
     *streams.PROGRAMS,
+    *event_loops.PROGRAMS,
     *databases.PROGRAMS,
     *browsers.PROGRAMS,
 ]

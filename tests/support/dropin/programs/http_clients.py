@@ -238,7 +238,7 @@ class HTTPXAsync(HTTPClient):
     how = "httpx.AsyncClient(verify=context)"
 
     def fetch(self, path: str, body: bytes | None = None, timeout: float = PATIENCE) -> bytes:
-        return asyncio.run(self._fetch(path, body, timeout))
+        return self.run(self._fetch(path, body, timeout))
 
     async def _fetch(self, path: str, body: bytes | None, timeout: float) -> bytes:
         async with (
@@ -255,7 +255,7 @@ class AIOHTTPClient(HTTPClient):
     how = "TCPConnector(ssl=context)"
 
     def fetch(self, path: str, body: bytes | None = None, timeout: float = PATIENCE) -> bytes:
-        return asyncio.run(self._fetch(path, body, timeout))
+        return self.run(self._fetch(path, body, timeout))
 
     async def _fetch(self, path: str, body: bytes | None, timeout: float) -> bytes:
         sockets: list[Any] = []
