@@ -332,10 +332,10 @@ def outcome(action: Callable[[], object]) -> Outcome:
 
 
 class Notes:
-    """What a server's application has seen, for the test."""
+    """What a server's application has seen, for the test; in a queue that processes share, where there are several."""
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[str] = queue.Queue()
+    def __init__(self, shared: Any = None) -> None:
+        self._queue = shared or queue.Queue()
 
     def of(self, read: Callable[[], object]) -> None:
         """Note what reading gives."""
@@ -345,4 +345,4 @@ class Notes:
         self._queue.put(text)
 
     def get(self) -> str:
-        return self._queue.get(timeout=PATIENCE)
+        return str(self._queue.get(timeout=PATIENCE))

@@ -12,6 +12,7 @@ from tests.support.dropin.programs import (
     http_servers,
     mail,
     streams,
+    web_servers,
 )
 
 __all__ = ["PROGRAMS"]
@@ -21,6 +22,7 @@ PROGRAMS: list[type[Program]] = [
     *mail.PROGRAMS,
     *ftp.PROGRAMS,
     *http_servers.PROGRAMS,
+    *web_servers.PROGRAMS,
     *streams.PROGRAMS,
     *event_loops.PROGRAMS,
     *databases.PROGRAMS,
