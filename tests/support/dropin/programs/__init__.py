@@ -13,6 +13,7 @@ from tests.support.dropin.programs import (
     mail,
     streams,
     web_servers,
+    web_sockets,
 )
 
 __all__ = ["PROGRAMS"]
@@ -23,6 +24,7 @@ PROGRAMS: list[type[Program]] = [
     *ftp.PROGRAMS,
     *http_servers.PROGRAMS,
     *web_servers.PROGRAMS,
+    *web_sockets.PROGRAMS,
     *streams.PROGRAMS,
     *event_loops.PROGRAMS,
     *databases.PROGRAMS,
