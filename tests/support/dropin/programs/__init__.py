@@ -8,6 +8,7 @@ from tests.support.dropin.programs import (
     databases,
     event_loops,
     ftp,
+    http2,
     http_clients,
     http_servers,
     mail,
@@ -20,6 +21,7 @@ __all__ = ["PROGRAMS"]
 
 PROGRAMS: list[type[Program]] = [
     *http_clients.PROGRAMS,
+    *http2.PROGRAMS,
     *mail.PROGRAMS,
     *ftp.PROGRAMS,
     *http_servers.PROGRAMS,

@@ -441,28 +441,33 @@ class Hypercorn(IdleTimeout):
     how = "class HybridConfig(hypercorn.Config): create_ssl_context = lambda self: context"
 
     def start(self) -> None:
-        context = self.ends.server
-        context.set_alpn_protocols(["http/1.1"])
+        self.port = run_hypercorn(self, "http/1.1", keep_alive_timeout=LIMIT)
 
-        class HybridConfig(hypercorn.Config):
-            ssl_enabled = True
 
-            def create_ssl_context(self) -> Any:
-                return context
+def run_hypercorn(program: Program, protocol: str, **settings: Any) -> int:
+    """Run hypercorn with the server's context, which agrees to one protocol; its port."""
+    context = program.ends.server
+    context.set_alpn_protocols([protocol])
 
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.port = listening.getsockname()[1]
-        config = HybridConfig()
-        config.bind = [f"fd://{listening.detach()}"]
-        config.keep_alive_timeout = LIMIT
-        config.accesslog = config.errorlog = None
-        config.graceful_timeout = config.shutdown_timeout = 0.2
+    class HybridConfig(hypercorn.Config):
+        ssl_enabled = True
 
-        async def serve(ended: asyncio.Event) -> None:
-            site: Any = Site()
-            await hypercorn.asyncio.serve(site, config, shutdown_trigger=ended.wait, mode="asgi")
+        def create_ssl_context(self) -> Any:
+            return context
 
-        run_in_thread(self, serve)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port: int = listening.getsockname()[1]
+    config = HybridConfig.from_mapping(
+        settings, bind=[f"fd://{listening.detach()}"], graceful_timeout=0.2, shutdown_timeout=0.2
+    )
+    config.accesslog = config.errorlog = None
+
+    async def serve(ended: asyncio.Event) -> None:
+        site: Any = Site()
+        await hypercorn.asyncio.serve(site, config, shutdown_trigger=ended.wait, mode="asgi")
+
+    run_in_thread(program, serve)
+    return port
 
 
 class AIOHTTPServer(IdleTimeout):
