@@ -6,6 +6,7 @@ from tests.support.dropin.harness import Program
 from tests.support.dropin.programs import (
     browsers,
     databases,
+    databases_over_tls,
     event_loops,
     ftp,
     http2,
@@ -29,6 +30,7 @@ PROGRAMS: list[type[Program]] = [
     *web_sockets.PROGRAMS,
     *streams.PROGRAMS,
     *event_loops.PROGRAMS,
+    *databases_over_tls.PROGRAMS,
     *databases.PROGRAMS,
     *browsers.PROGRAMS,
 ]
