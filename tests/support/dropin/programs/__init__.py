@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.dropin.harness import Program
 from tests.support.dropin.programs import (
+    brokers,
     browsers,
     databases,
     databases_over_tls,
@@ -31,6 +32,7 @@ PROGRAMS: list[type[Program]] = [
     *streams.PROGRAMS,
     *event_loops.PROGRAMS,
     *databases_over_tls.PROGRAMS,
+    *brokers.PROGRAMS,
     *databases.PROGRAMS,
     *browsers.PROGRAMS,
 ]
