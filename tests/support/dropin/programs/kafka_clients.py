@@ -190,6 +190,13 @@ class KafkaPython(KafkaClient):
     name = distribution = "kafka-python"
     how = 'KafkaProducer(security_protocol="SSL", ssl_context=context)'
 
+    def start(self) -> None:
+        # It leaves sockets to the garbage collector, with the standard library's context too.
+        self.stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", ResourceWarning)
+        self.stack.callback(gc.collect)
+        super().start()
+
     def put(self, topic: str, message: bytes, timeout: float) -> object:
         producer = kafka.KafkaProducer(**self.producer(timeout), retries=0)
         try:
@@ -205,13 +212,6 @@ class KafkaPython(KafkaClient):
             return bytes(next(consumer).value)
         finally:
             consumer.close()
-
-    def __exit__(self, *details: object) -> None:
-        super().__exit__(*details)
-        with warnings.catch_warnings():
-            # It leaves sockets to the garbage collector, with the standard library's context too.
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
 
 class AIOKafka(KafkaClient):
