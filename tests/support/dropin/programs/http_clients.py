@@ -19,6 +19,7 @@ from unittest import mock
 import aiohttp
 import httpx
 import requests
+import truststore
 import urllib3
 
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
@@ -124,6 +125,18 @@ class HTTPClientModule(HTTPClient):
             connection.request("GET" if body is None else "POST", path, body)
             self.ends.note(connection.sock)
             return connection.getresponse().read()
+
+
+class HTTPClientBesideTruststore(HTTPClientModule):
+    name = "http.client, after truststore.inject_into_ssl()"
+    distribution = "truststore"
+
+    def start(self) -> None:
+        super().start()
+        # What it leaves changed in requests.
+        self.stack.enter_context(mock.patch.dict(vars(requests.adapters)))
+        truststore.inject_into_ssl()
+        self.stack.callback(truststore.extract_from_ssl)
 
 
 class URLLib(HTTPClient):
@@ -356,6 +369,7 @@ class AIOHTTPClient(HTTPClient):
 
 PROGRAMS: list[type[Program]] = [
     HTTPClientModule,
+    HTTPClientBesideTruststore,
     URLLib,
     XMLRPCClient,
     Requests,
