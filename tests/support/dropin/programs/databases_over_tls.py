@@ -194,6 +194,7 @@ class PyMySQL(Program):
             host="localhost", port=self.port, user="root", ssl=self.ends.client, read_timeout=timeout
         )
         try:
+            self.ends.note(connection._sock)
             with connection.cursor() as cursor:
                 yield cursor
         finally:

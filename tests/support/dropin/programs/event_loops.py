@@ -8,6 +8,7 @@ import queue
 import socket
 import threading
 from importlib import metadata
+from typing import Any
 
 import tornado.httpclient
 import tornado.httpserver
@@ -78,6 +79,7 @@ class TrioClient(StreamClient):
         stream = trio.SSLStream(tcp, self.ends.client, server_hostname="localhost")
         try:
             await stream.send_all(line + body)
+            self.ends.note(stream._ssl_object)
             received = bytearray()
             with trio.fail_after(seconds):
                 while len(received) < size and (data := await stream.receive_some()):
@@ -178,12 +180,15 @@ class TornadoServer(IdleTimeout):
         listening.setblocking(False)
 
         async def serve(ended: asyncio.Event) -> None:
+            ends = self.ends
             seen: asyncio.Queue[str] = asyncio.Queue()
             pages: dict[str, bytes] = {"/hello": b"hello", "/payload": PAYLOAD}
 
             @tornado.web.stream_request_body
             class Handler(tornado.web.RequestHandler):
                 def prepare(self) -> None:
+                    connection: Any = self.request.connection
+                    ends.note(connection.stream.socket)
                     self.received = bytearray()
 
                 def data_received(self, chunk: bytes) -> None:

@@ -153,6 +153,7 @@ class WebsocketsSyncClient(WebSocketClient):
             proxy=None,
             close_timeout=LIMIT,
         ) as connection:
+            self.ends.note(connection.socket)
             if body:
                 connection.send(body)
             return connection.recv(timeout=seconds)
