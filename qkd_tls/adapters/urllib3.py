@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from urllib3 import BaseHTTPResponse, HTTPResponse, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPSConnection
@@ -64,8 +64,9 @@ class _QKDConnection(HTTPSConnection):
         tls = self.sock.sslobj if isinstance(self.sock, SSLTransport) else self.sock
         self.qkd = tls.qkd if isinstance(tls, QKDSocket | QKDObject) else None
 
-    def getresponse(self) -> HTTPResponse:  # type: ignore[override]
-        response = super().getresponse()
+    def getresponse(self, **options: Any) -> HTTPResponse:  # type: ignore[override]
+        # urllib3-future, which niquests puts in the place of urllib3, gives options.
+        response = super().getresponse(**options)
         response.qkd = self.qkd  # type: ignore[attr-defined]
         return response
 
