@@ -116,6 +116,7 @@ _CAPABILITIES: Final = 0x1 | 0x8 | 0x200 | 0x800 | 0x8000 | 0x80000
 """LONG_PASSWORD, CONNECT_WITH_DB, PROTOCOL_41, SSL, SECURE_CONNECTION, PLUGIN_AUTH."""
 
 _BLOB: Final = 252
+_LARGEST: Final = (1 << 24) - 1
 
 
 def string(data: bytes) -> bytes:
@@ -124,7 +125,7 @@ def string(data: bytes) -> bytes:
 
 
 class MySQLPackets:
-    """Packets of fewer than 16 MB over a connection."""
+    """Packets over a connection; those that are sent are small enough for one."""
 
     def __init__(self, sock: Any, number: int = 0) -> None:
         self.sock = sock
@@ -136,9 +137,14 @@ class MySQLPackets:
             self.number += 1
 
     def receive(self) -> bytes:
-        head = self._exactly(4)
-        self.number = head[3] + 1
-        return self._exactly(int.from_bytes(head[:3], "little"))
+        data, size = b"", _LARGEST
+        # What does not fit into a packet goes on in the next one.
+        while size == _LARGEST:
+            head = self._exactly(4)
+            self.number = head[3] + 1
+            size = int.from_bytes(head[:3], "little")
+            data += self._exactly(size)
+        return data
 
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
@@ -214,7 +220,7 @@ class PyMySQL(Program):
             insert = cursor.mogrify("INSERT INTO payload VALUES (%s)", (PAYLOAD,))
             cursor.execute(insert)
             cursor.execute("SELECT digest")
-            sent = digest(insert.encode("utf-8", "surrogateescape"))
+            sent = digest(insert.encode())
             return cursor.fetchone()[0] == sent.encode()
 
     def down(self) -> object:
