@@ -32,8 +32,9 @@ from tests.support.dropin.harness import (
     kind_of,
     truncate,
 )
-from tests.support.dropin.tunnelled import binary, free_port, service
+from tests.support.dropin.tunnelled import binary, service
 from tests.support.patience import eventually_in_loop
+from tests.support.ports import free_port
 
 __all__ = ["PROGRAMS"]
 
