@@ -35,7 +35,9 @@ class QKDAdapter(HTTPAdapter):
         ValueError: `verify` or `cert` was given to the request or the session.
         requests.exceptions.SSLError: as always; if a QKD key was the reason, its `__cause__` is the
             `QKDError`, and its text is that error's.
-        NotImplementedError: the proxy itself is reached over TLS. Proxies that are reached over HTTP work.
+
+    Proxies work. The TLS to a proxy that is reached over HTTPS is the standard library's, with the system's CAs; inside
+    of it is the connection that the context protects.
     """
 
     def __init__(self, context: QKDContext, **options: Any) -> None:

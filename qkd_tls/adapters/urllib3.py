@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from urllib3 import BaseHTTPResponse, HTTPResponse, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPSConnection
+from urllib3.util.ssltransport import SSLTransport
 
 from qkd_tls.info import QKDInfo
 from qkd_tls.socket import QKDSocket
+from qkd_tls.sslobject import QKDObject
 
 __all__ = ["qkd_info", "with_qkd_info"]
 
@@ -27,7 +29,8 @@ def with_qkd_info(manager: _Manager) -> _Manager:
 
     Call it before the first request.
 
-    A `QKDContext` cannot be used if the proxy itself is reached over TLS: NotImplementedError.
+    If a proxy is itself reached over TLS, that connection is the standard library's; inside of it is the one that
+    the context protects.
     """
     manager.pool_classes_by_scheme = {**manager.pool_classes_by_scheme, "https": _QKDConnectionPool}
     return manager
@@ -57,10 +60,13 @@ class _QKDConnection(HTTPSConnection):
 
     def connect(self) -> None:
         super().connect()
-        self.qkd = self.sock.qkd if isinstance(self.sock, QKDSocket) else None
+        # Within the TLS to a proxy, the connection is one over memory.
+        tls = self.sock.sslobj if isinstance(self.sock, SSLTransport) else self.sock
+        self.qkd = tls.qkd if isinstance(tls, QKDSocket | QKDObject) else None
 
-    def getresponse(self) -> HTTPResponse:  # type: ignore[override]
-        response = super().getresponse()
+    def getresponse(self, **options: Any) -> HTTPResponse:  # type: ignore[override]
+        # urllib3-future, which niquests puts in the place of urllib3, gives options.
+        response = super().getresponse(**options)
         response.qkd = self.qkd  # type: ignore[attr-defined]
         return response
 

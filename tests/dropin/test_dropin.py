@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterator
 
@@ -31,8 +30,6 @@ def measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measureme
 
 def measured(measurements: Measurements, program: type[Program]) -> Result:
     result = measurements.of(program)
-    # What a program has left behind is told of here, and not in another test.
-    gc.collect()
     if isinstance(result, Missing):
         raise result.requirement.missing()
     return result

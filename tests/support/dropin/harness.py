@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import queue
@@ -12,12 +13,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 from kms_client import Etsi014Client
 from kms_client.emulator import RunningPair
@@ -47,6 +48,8 @@ __all__ = [
     "truncate",
 ]
 
+T = TypeVar("T")
+
 PAYLOAD: Final = random.Random(14).randbytes(sized(10_000_000, 1_000_000))
 """10 MB at full size, that cannot be compressed."""
 
@@ -57,7 +60,7 @@ LIMIT: Final = 0.4
 """Seconds that programs are told to wait, where the peer falls silent."""
 
 COLUMNS: Final = {
-    "connects": "connects",
+    "connects": "works",
     "up": "10 MB up",
     "down": "10 MB down",
     "timeout": "times out",
@@ -247,6 +250,9 @@ class Program:
     without: ClassVar[frozenset[str]] = frozenset()
     """Columns that its protocol has nothing for."""
 
+    loop_factory: ClassVar[type[asyncio.AbstractEventLoop] | None] = None
+    """The class of its event loop, for programs on asyncio; None for asyncio's own."""
+
     def __init__(self, ends: Ends) -> None:
         self.ends = ends
         self.stack = contextlib.ExitStack()
@@ -259,6 +265,11 @@ class Program:
 
     def start(self) -> None:
         """Start what the program needs; what is to be stopped goes to `stack`."""
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in an event loop of the program's kind."""
+        with asyncio.Runner(loop_factory=self.loop_factory) as runner:
+            return runner.run(coroutine)
 
     def peer(self, handler: Callable[[socket.socket], object]) -> int:
         """A scripted peer for this run; its port."""
@@ -321,10 +332,10 @@ def outcome(action: Callable[[], object]) -> Outcome:
 
 
 class Notes:
-    """What a server's application has seen, for the test."""
+    """What a server's application has seen, for the test; in a queue that processes share, where there are several."""
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[str] = queue.Queue()
+    def __init__(self, shared: Any = None) -> None:
+        self._queue = shared or queue.Queue()
 
     def of(self, read: Callable[[], object]) -> None:
         """Note what reading gives."""
@@ -334,4 +345,4 @@ class Notes:
         self._queue.put(text)
 
     def get(self) -> str:
-        return self._queue.get(timeout=PATIENCE)
+        return str(self._queue.get(timeout=PATIENCE))

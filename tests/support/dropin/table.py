@@ -14,7 +14,18 @@ __all__ = ["committed", "rows_of", "same", "table", "write"]
 
 _PAGE: Final = DOCS / "dropin.md"
 
-_TITLES: Final = ("program", "version", "role", "how the context gets in", *COLUMNS.values(), "`qkd`")
+# What most readers look for comes first: the table is wider than a page.
+_WORKS, *_DATA = COLUMNS
+_TITLES: Final = (
+    "program",
+    COLUMNS[_WORKS],
+    "`qkd`",
+    "role",
+    "how the context gets in",
+    *(COLUMNS[column] for column in _DATA),
+    "version",
+)
+_VERSION: Final = _TITLES.index("version")
 _BETWEEN: Final = re.compile("(?<=<!-- table -->\n).*?(?=<!-- end of the table -->)", re.DOTALL)
 
 
@@ -25,14 +36,16 @@ def table(results: Iterable[Result]) -> str:
     for result in results:
         program = result.program
         how = f"`{program.how}`" if program.how else "not at all: it connects to the client tunnel"
-        row = [program.name, program.version(), program.role, how]
-        for column in COLUMNS:
-            cell = result.cell(column)
-            for note in (program.notes.get(column), program.deviations.get(column)):
+
+        def cell(column: str, result: Result = result) -> str:
+            text = result.cell(column)
+            for note in (result.program.notes.get(column), result.program.deviations.get(column)):
                 if note:
-                    cell += f" [{notes.setdefault(note, len(notes) + 1)}]"
-            row.append(cell)
-        rows.append([*row, result.qkd])
+                    text += f" [{notes.setdefault(note, len(notes) + 1)}]"
+            return text
+
+        row = [program.name, cell(_WORKS), result.qkd, program.role, how]
+        rows.append([*row, *map(cell, _DATA), program.version()])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", *(f"{number}. {note}" for note, number in notes.items())]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -53,7 +66,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 def same(committed: Sequence[str], measured: Sequence[str]) -> bool:
     """Whether two rows say the same; of other versions only the verdicts are compared, not the exceptions' names."""
-    if committed[1] == measured[1]:
+    if committed[_VERSION] == measured[_VERSION]:
         return list(committed) == list(measured)
     return [_verdict(cell) for cell in _without_version(committed)] == [
         _verdict(cell) for cell in _without_version(measured)
@@ -61,7 +74,7 @@ def same(committed: Sequence[str], measured: Sequence[str]) -> bool:
 
 
 def _without_version(row: Sequence[str]) -> list[str]:
-    return [row[0], *row[2:]]
+    return [*row[:_VERSION], *row[_VERSION + 1 :]]
 
 
 def _verdict(cell: str) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from tests.support.dropin.harness import PAYLOAD, Notes, digest
 
-__all__ = ["application"]
+__all__ = ["application", "notes"]
 
-_notes = Notes()
+notes = Notes()
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
@@ -23,8 +23,8 @@ def application(environ: dict[str, Any], start_response: Callable[..., object]) 
         case "/digest":
             body = digest(environ["wsgi.input"].read(size)).encode()
         case "/half":
-            _notes.of(lambda: environ["wsgi.input"].read(size))
+            notes.of(lambda: environ["wsgi.input"].read(size))
         case "/seen":
-            body = _notes.get().encode()
+            body = notes.get().encode()
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]

@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import http.client
 import io
+import os
 import socket
+import ssl
 import urllib.request
 import xmlrpc.client
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
+from unittest import mock
 
 import aiohttp
 import httpx
 import requests
+import truststore
 import urllib3
 
 from qkd_tls.adapters.requests import QKDAdapter, qkd_info
@@ -31,6 +35,7 @@ from tests.support.dropin.harness import (
     end_cleanly,
     truncate,
 )
+from tests.support.dropin.programs.http_servers import run_in_thread
 
 __all__ = ["PROGRAMS"]
 
@@ -122,6 +127,18 @@ class HTTPClientModule(HTTPClient):
             return connection.getresponse().read()
 
 
+class HTTPClientBesideTruststore(HTTPClientModule):
+    name = "http.client, after truststore.inject_into_ssl()"
+    distribution = "truststore"
+
+    def start(self) -> None:
+        super().start()
+        # What it leaves changed in requests.
+        self.stack.enter_context(mock.patch.dict(vars(requests.adapters)))
+        truststore.inject_into_ssl()
+        self.stack.callback(truststore.extract_from_ssl)
+
+
 class URLLib(HTTPClient):
     name = "urllib.request"
     how = "urlopen(url, context=context)"
@@ -197,19 +214,86 @@ class Requests(HTTPClient):
     name = distribution = "requests"
     how = 'session.mount("https://", QKDAdapter(context))'
 
+    def session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False
+        if self.ends.hybrid:
+            session.mount("https://", QKDAdapter(self.ends.client))
+        else:
+            session.verify = str(self.ends.sites.ca.file)
+        return session
+
     def fetch(self, path: str, body: bytes | None = None, timeout: float = PATIENCE) -> bytes:
-        with requests.Session() as session:
-            session.trust_env = False
-            if self.ends.hybrid:
-                session.mount("https://", QKDAdapter(self.ends.client))
-            else:
-                session.verify = str(self.ends.sites.ca.file)
+        with self.session() as session:
             response = session.request(
                 "GET" if body is None else "POST", self.url + path, data=body, timeout=timeout
             )
             if self.ends.hybrid:
                 self.ends.seen.append(str(qkd_info(response).protection))
             return response.content
+
+
+class RequestsThroughProxy(Requests):
+    name = "requests, through an HTTP proxy"
+    scheme = "http"
+
+    def start(self) -> None:
+        super().start()
+        self.tunnels: list[Any] = []
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.proxy = f"{self.scheme}://localhost:{self.listening.getsockname()[1]}"
+        run_in_thread(self, self.run_proxy)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The proxy's own."""
+        return None
+
+    async def run_proxy(self, ended: asyncio.Event) -> None:
+        async with await asyncio.start_server(self.tunnel, sock=self.listening, ssl=self.tls()):
+            await ended.wait()
+            await asyncio.gather(*self.tunnels)
+
+    async def tunnel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Do what CONNECT asks for."""
+        self.tunnels.append(asyncio.current_task())
+        while await reader.readline() != b"\r\n":
+            pass
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        answers, questions = await asyncio.open_connection("127.0.0.1", self.port)
+        await asyncio.gather(copy(reader, questions), copy(answers, writer))
+
+    def session(self) -> requests.Session:
+        session = super().session()
+        session.proxies["https"] = self.proxy
+        return session
+
+
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+class RequestsThroughHTTPSProxy(RequestsThroughProxy):
+    name = "requests, through an HTTPS proxy"
+    scheme = "https"
+    notes: ClassVar[Mapping[str, str]] = {
+        "connects": "The TLS to the proxy is the standard library's, with the system's CAs; inside is that to the site."
+    }
+
+    def start(self) -> None:
+        super().start()
+        patch = mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(self.ends.sites.ca.file)})
+        self.stack.enter_context(patch)
+
+    def tls(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.ends.sites.server.load_into(context)
+        return context
 
 
 class URLLib3(HTTPClient):
@@ -238,7 +322,7 @@ class HTTPXAsync(HTTPClient):
     how = "httpx.AsyncClient(verify=context)"
 
     def fetch(self, path: str, body: bytes | None = None, timeout: float = PATIENCE) -> bytes:
-        return asyncio.run(self._fetch(path, body, timeout))
+        return self.run(self._fetch(path, body, timeout))
 
     async def _fetch(self, path: str, body: bytes | None, timeout: float) -> bytes:
         async with (
@@ -255,7 +339,7 @@ class AIOHTTPClient(HTTPClient):
     how = "TCPConnector(ssl=context)"
 
     def fetch(self, path: str, body: bytes | None = None, timeout: float = PATIENCE) -> bytes:
-        return asyncio.run(self._fetch(path, body, timeout))
+        return self.run(self._fetch(path, body, timeout))
 
     async def _fetch(self, path: str, body: bytes | None, timeout: float) -> bytes:
         sockets: list[Any] = []
@@ -285,9 +369,12 @@ class AIOHTTPClient(HTTPClient):
 
 PROGRAMS: list[type[Program]] = [
     HTTPClientModule,
+    HTTPClientBesideTruststore,
     URLLib,
     XMLRPCClient,
     Requests,
+    RequestsThroughProxy,
+    RequestsThroughHTTPSProxy,
     URLLib3,
     HTTPXSync,
     HTTPXAsync,

@@ -30,6 +30,7 @@ from tests.support.dropin.harness import (
     LIMIT,
     PATIENCE,
     PAYLOAD,
+    Ends,
     Notes,
     Program,
     digest,
@@ -128,7 +129,7 @@ def run_in_thread(program: Program, serve: Callable[[asyncio.Event], Coroutine[A
         running.put((asyncio.get_running_loop(), event))
         await serve(event)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread = threading.Thread(target=lambda: program.run(main()))
     thread.start()
     loop, event = running.get(timeout=PATIENCE)
 
@@ -351,15 +352,17 @@ class Gunicorn(IdleTimeout):
     how = "def ssl_context(config, default): return context  # in its configuration file"
     notes: ClassVar[Mapping[str, str]] = {"timeout": "`keepalive` is in whole seconds."}
 
+    workers = "gthread"
+
     def start(self) -> None:
         folder = self.ends.sites.folder
         self.port, listening = free_port(self)
         config = folder / "gunicorn.conf.py"
         config.write_text(
             "from tests.support.dropin.gunicorn_context import make\n"
-            f"def ssl_context(config, default):\n    return make({self.description()!r})\n"
+            f"def ssl_context(config, default):\n    return make({description(self.ends)!r})\n"
             f"certfile, keyfile = {str(self.ends.sites.server.cert_file)!r}, {str(self.ends.sites.server.key_file)!r}\n"
-            f"worker_class, threads, workers, keepalive = 'gthread', 4, 1, 1\n"
+            f"worker_class, threads, workers, keepalive = {self.workers!r}, 4, 1, 1\n"
             "bind = 'fd://' + " + repr(str(listening)) + "\nloglevel = 'error'\ngraceful_timeout = 1\n"
             "control_socket_disable = True\n"
         )
@@ -382,20 +385,21 @@ class Gunicorn(IdleTimeout):
 
         self.stack.callback(stop)
 
-    def description(self) -> dict[str, str]:
-        """What a server's context is made of in another process."""
-        sites = self.ends.sites
-        pki = sites.kmes.pki
-        return {
-            "hybrid": "yes" if self.ends.hybrid else "",
-            "cert": str(sites.server.cert_file),
-            "key": str(sites.server.key_file),
-            "kme": sites.kmes.url_b,
-            "sae_id": pki.sae_b,
-            "kme_cert": str(pki.sae_b_cert),
-            "kme_key": str(pki.sae_b_key),
-            "kme_ca": str(pki.kms_ca),
-        }
+
+def description(ends: Ends) -> dict[str, str]:
+    """What a server's context is made of in another process."""
+    sites = ends.sites
+    pki = sites.kmes.pki
+    return {
+        "hybrid": "yes" if ends.hybrid else "",
+        "cert": str(sites.server.cert_file),
+        "key": str(sites.server.key_file),
+        "kme": sites.kmes.url_b,
+        "sae_id": pki.sae_b,
+        "kme_cert": str(pki.sae_b_cert),
+        "kme_key": str(pki.sae_b_key),
+        "kme_ca": str(pki.kms_ca),
+    }
 
 
 def free_port(program: Program) -> tuple[int, int]:
@@ -437,28 +441,33 @@ class Hypercorn(IdleTimeout):
     how = "class HybridConfig(hypercorn.Config): create_ssl_context = lambda self: context"
 
     def start(self) -> None:
-        context = self.ends.server
-        context.set_alpn_protocols(["http/1.1"])
+        self.port = run_hypercorn(self, "http/1.1", keep_alive_timeout=LIMIT)
 
-        class HybridConfig(hypercorn.Config):
-            ssl_enabled = True
 
-            def create_ssl_context(self) -> Any:
-                return context
+def run_hypercorn(program: Program, protocol: str, **settings: Any) -> int:
+    """Run hypercorn with the server's context, which agrees to one protocol; its port."""
+    context = program.ends.server
+    context.set_alpn_protocols([protocol])
 
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.port = listening.getsockname()[1]
-        config = HybridConfig()
-        config.bind = [f"fd://{listening.detach()}"]
-        config.keep_alive_timeout = LIMIT
-        config.accesslog = config.errorlog = None
-        config.graceful_timeout = config.shutdown_timeout = 0.2
+    class HybridConfig(hypercorn.Config):
+        ssl_enabled = True
 
-        async def serve(ended: asyncio.Event) -> None:
-            site: Any = Site()
-            await hypercorn.asyncio.serve(site, config, shutdown_trigger=ended.wait, mode="asgi")
+        def create_ssl_context(self) -> Any:
+            return context
 
-        run_in_thread(self, serve)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port: int = listening.getsockname()[1]
+    config = HybridConfig.from_mapping(
+        settings, bind=[f"fd://{listening.detach()}"], graceful_timeout=0.2, shutdown_timeout=0.2
+    )
+    config.accesslog = config.errorlog = None
+
+    async def serve(ended: asyncio.Event) -> None:
+        site: Any = Site()
+        await hypercorn.asyncio.serve(site, config, shutdown_trigger=ended.wait, mode="asgi")
+
+    run_in_thread(program, serve)
+    return port
 
 
 class AIOHTTPServer(IdleTimeout):

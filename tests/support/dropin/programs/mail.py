@@ -1,4 +1,4 @@
-"""smtplib against aiosmtpd, imaplib against a small server, with TLS from the first byte and after STARTTLS."""
+"""Clients of aiosmtpd and of a small IMAP server, with TLS from the first byte and after STARTTLS."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import contextlib
 import imaplib
 import smtplib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
+import aiosmtplib
+import imapclient  # type: ignore[import-untyped]
 from aiosmtpd.smtp import SMTP
 
 from tests.support.dropin.harness import (
@@ -73,6 +75,16 @@ class SMTPClient(Program):
         async with await loop.create_server(factory, sock=self.listening, ssl=context):
             await ended.wait()
 
+    def noop(self, port: int, timeout: float) -> int:
+        """Ask for nothing; the code of the answer."""
+        with contextlib.closing(self.client(port, timeout)) as client:
+            self.ends.note(client.sock)
+            return client.noop()[0]
+
+    def send(self, message: bytes) -> None:
+        with self.client(self.port) as client:
+            client.sendmail("a@example.org", ["b@example.org"], message)
+
     def client(self, port: int, timeout: float = PATIENCE) -> smtplib.SMTP:
         if not self.starttls:
             return smtplib.SMTP_SSL("localhost", port, context=self.ends.client, timeout=timeout)
@@ -85,13 +97,10 @@ class SMTPClient(Program):
         return client
 
     def connects(self) -> object:
-        with self.client(self.port) as client:
-            self.ends.note(client.sock)
-            return client.noop()[0] == 250
+        return self.noop(self.port, PATIENCE) == 250
 
     def up(self) -> object:
-        with self.client(self.port) as client:
-            client.sendmail("a@example.org", ["b@example.org"], MESSAGE)
+        self.send(MESSAGE)
         return [digest(message) for message in self.received] == [digest(MESSAGE)]
 
     def down(self) -> object:
@@ -115,9 +124,7 @@ class SMTPClient(Program):
                 tls.sendall(b"250-" + HALF)
                 _BREAKS[end](tls)
 
-        client = self.client(self.peer(serve), timeout)
-        with contextlib.closing(client):
-            return str(client.noop())
+        return self.noop(self.peer(serve), timeout)
 
     def timeout(self) -> object:
         return self.scripted("silent", LIMIT)
@@ -132,6 +139,44 @@ class SMTPClient(Program):
 class SMTPStartTLS(SMTPClient):
     name = "smtplib, STARTTLS, against aiosmtpd"
     how = "smtp.starttls(context=context)"
+    starttls = True
+
+
+class AIOSMTPLib(SMTPClient):
+    name = "aiosmtplib, TLS from the start, against aiosmtpd"
+    distribution = "aiosmtplib"
+    how = "aiosmtplib.SMTP(hostname=host, port=port, use_tls=True, tls_context=context)"
+
+    def noop(self, port: int, timeout: float) -> int:
+        return self.run(self._noop(port, timeout))
+
+    async def _noop(self, port: int, timeout: float) -> int:
+        async with self.aio_client(port, timeout) as client:
+            assert client.transport is not None
+            self.ends.note(client.transport.get_extra_info("ssl_object"))
+            return (await client.noop()).code
+
+    def send(self, message: bytes) -> None:
+        self.run(self._send(message))
+
+    async def _send(self, message: bytes) -> None:
+        async with self.aio_client(self.port, PATIENCE) as client:
+            await client.sendmail("a@example.org", ["b@example.org"], message)
+
+    def aio_client(self, port: int, timeout: float) -> aiosmtplib.SMTP:
+        return aiosmtplib.SMTP(
+            hostname="localhost",
+            port=port,
+            use_tls=not self.starttls,
+            start_tls=self.starttls,
+            tls_context=self.ends.client,
+            timeout=timeout,
+        )
+
+
+class AIOSMTPLibStartTLS(AIOSMTPLib):
+    name = "aiosmtplib, STARTTLS, against aiosmtpd"
+    how = "aiosmtplib.SMTP(hostname=host, port=port, start_tls=True, tls_context=context)"
     starttls = True
 
 
@@ -230,4 +275,72 @@ class IMAPStartTLS(IMAPClient):
     starttls = True
 
 
-PROGRAMS: list[type[Program]] = [SMTPClient, SMTPStartTLS, IMAPClient, IMAPStartTLS]
+class IMAPClientPackage(IMAPClient):
+    name = "imapclient, TLS from the start"
+    distribution = "imapclient"
+    how = "IMAPClient(host, port, ssl_context=context)"
+
+    @contextlib.contextmanager
+    def session(self, user: str = "user", timeout: float = PATIENCE) -> Iterator[Any]:
+        context = self.ends.client
+        client = imapclient.IMAPClient(
+            "localhost",
+            self.port,
+            use_uid=False,
+            ssl=not self.starttls,
+            ssl_context=None if self.starttls else context,
+            timeout=timeout,
+        )
+        try:
+            if self.starttls:
+                client.starttls(context)
+            self.ends.note(client.socket())
+            client.login(user, "secret")
+            yield client
+        finally:
+            client.shutdown()
+
+    def connects(self) -> object:
+        with self.session() as client:
+            return client.select_folder("INBOX")[b"EXISTS"] == 1
+
+    def up(self) -> object:
+        with self.session() as client:
+            client.append("INBOX", MESSAGE)
+            return digest(MESSAGE).encode() in client._imap.untagged_responses["OK"]
+
+    def down(self) -> object:
+        with self.session() as client:
+            client.select_folder("INBOX")
+            return bool(client.fetch([1], ["RFC822"])[1][b"RFC822"] == MESSAGE)
+
+    def interrupted(self, user: str, timeout: float = PATIENCE) -> object:
+        with self.session(user, timeout):
+            return "answered"
+
+    def timeout(self) -> object:
+        return self.interrupted("silent", LIMIT)
+
+    def eof(self) -> object:
+        return self.interrupted("end")
+
+    def truncation(self) -> object:
+        return self.interrupted("cut")
+
+
+class IMAPClientPackageStartTLS(IMAPClientPackage):
+    name = "imapclient, STARTTLS"
+    how = "client.starttls(context)"
+    starttls = True
+
+
+PROGRAMS: list[type[Program]] = [
+    SMTPClient,
+    SMTPStartTLS,
+    AIOSMTPLib,
+    AIOSMTPLibStartTLS,
+    IMAPClient,
+    IMAPStartTLS,
+    IMAPClientPackage,
+    IMAPClientPackageStartTLS,
+]
