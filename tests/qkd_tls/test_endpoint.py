@@ -172,11 +172,12 @@ class TestTurns:
 class TestEndpoint:
     def test_the_ways_of_ciphertext_are_up_to_its_kinds(self) -> None:
         bare: Any = Endpoint()
-        for call in (
+        calls: list[Callable[[], object]] = [
             lambda: bare._send_ciphertext(b""),
             lambda: bare._receive_ciphertext(1),
             lambda: bare._take_over(None),
-        ):
+        ]
+        for call in calls:
             with pytest.raises(NotImplementedError):
                 call()
 
