@@ -7,6 +7,8 @@ the file descriptor of a listening socket.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import queue
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -39,9 +41,22 @@ def _pywsgi(listening: int, description: dict[str, str]) -> None:
     ).serve_forever()
 
 
-def _werkzeug(listening: int, description: dict[str, str]) -> None:
-    import multiprocessing
+class _BetweenProcesses:
+    """A queue whose `put` has put when it returns: a process that ends at once loses what its threads have not."""
 
+    def __init__(self) -> None:
+        self._reader, self._writer = multiprocessing.Pipe(duplex=False)
+
+    def put(self, text: str) -> None:
+        self._writer.send(text)
+
+    def get(self, timeout: float) -> str:
+        if not self._reader.poll(timeout):
+            raise queue.Empty
+        return str(self._reader.recv())
+
+
+def _werkzeug(listening: int, description: dict[str, str]) -> None:
     from werkzeug.serving import make_server
 
     from tests.support.dropin import wsgi_site
@@ -50,7 +65,7 @@ def _werkzeug(listening: int, description: dict[str, str]) -> None:
     from tests.support.dropin.programs.web_servers import Handler
 
     # Each connection is a process.
-    wsgi_site.notes = Notes(multiprocessing.Queue())
+    wsgi_site.notes = Notes(_BetweenProcesses())
     make_server(
         "127.0.0.1",
         0,
