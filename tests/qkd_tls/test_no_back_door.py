@@ -26,6 +26,11 @@ from qkd_tls import QKDContext
 from tests.support.sizes import sized
 from tests.support.sockets import TIMEOUT, Authority, Identity, Lab, local_lab
 
+# A door that is shut in the middle leaves the standard library's half-made socket.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 SECRET = b"nothing may see this"
 
 
@@ -230,8 +235,6 @@ def recording_peer(context: ssl.SSLContext, *, server_side: bool) -> Iterator[tu
         thread.join(TIMEOUT)
 
 
-# A door that is shut in the middle leaves the standard library's half-made socket.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("verified", [True, False], ids=["verifying", "not verifying"])
 @pytest.mark.parametrize("side", ["client", "server"])
 @pytest.mark.parametrize("door", DOORS)
@@ -263,6 +266,25 @@ def test_nothing_gets_through(local: Lab, door: str, side: str, verified: bool) 
             assert isinstance(refusal, (OSError, TypeError, ValueError, NotImplementedError)), repr(refusal)
         if isinstance(end, socket.socket):
             end.close()
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize(
+    "door", [door for door in DOORS if "super" not in door and door not in {"copy", "deepcopy", "pickle"}]
+)
+def test_the_doors_are_open_at_a_context_of_the_standard_library(local: Lab, door: str, side: str) -> None:
+    """So that nothing is called shut which leads nowhere."""
+    client, server = local.stock_client(), local.stock_server()
+    context, peer = (client, server) if side == "client" else (server, client)
+    with recording_peer(peer, server_side=side == "client") as (raw, reached):
+        end = DOORS[door](context, raw, side == "server", "localhost" if side == "client" else None)
+        assert speak(end) == b"hello"
+        if isinstance(end, socket.socket):
+            end.close()
+        elif not isinstance(end, OverBIO):
+            # The interpreter's own object has read with the descriptor of `raw`.
+            raw.shutdown(socket.SHUT_RDWR)
+        assert reached() == SECRET
 
 
 def speak(end: Any) -> bytes:
