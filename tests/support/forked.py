@@ -58,7 +58,7 @@ class _Worker:
         self._run: Run | None = run
         self._orders = orders.makefile("rw")
 
-    def obey(self) -> None:
+    def obey(self) -> NoReturn:
         for line in self._orders:
             order = json.loads(line)
             if order["do"] == "exit":
@@ -69,6 +69,8 @@ class _Worker:
                 self._run = None
                 gc.collect()
             self.answer(self._do(order))
+        # The script has ended without an order to end: the peer does not look any more.
+        os._exit(0)
 
     def answer(self, answer: dict[str, Any]) -> None:
         self._orders.write(json.dumps(answer) + "\n")
@@ -275,7 +277,6 @@ def _run(contexts: Contexts, script: dict[str, Any]) -> None:
     processes = {name: _Process(name) for name in ("parent", "child")}
     if os.fork() == 0:
         _be_parent(contexts, script, ends, processes)
-        raise SystemExit(0)
     for process in processes.values():
         process.leave_to_others()
     ends[0].close()
@@ -310,7 +311,7 @@ def _be_parent(
     script: dict[str, Any],
     ends: tuple[socket.socket, socket.socket],
     processes: dict[str, _Process],
-) -> None:
+) -> NoReturn:
     for process in processes.values():
         process.close()
     run = Run(
