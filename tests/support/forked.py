@@ -199,8 +199,7 @@ class _Peer:
             # It waits for the peer's.
             closing = self._sealer.seal(ALERT, CLOSE_NOTIFY)
             details["ciphertext"] = "".join(ciphertext for _, ciphertext in self._unread) + closing.hex()
-            if not self._memory:
-                self._far.sendall(closing)
+            self._send(closing)
         before = len(self._got)
         answer = process.ask(do, **details)
         sent = self._look(self._taken(answer))
@@ -246,14 +245,19 @@ class _Peer:
         text = records[-1][1]
         assert isinstance(text, str)
         self._unread.append((text, ciphertext.hex()))
+        self._send(ciphertext)
+
+    def _send(self, ciphertext: bytes) -> None:
         if not self._memory:
-            self._far.sendall(ciphertext)
+            with contextlib.suppress(OSError):
+                self._far.sendall(ciphertext)
 
     def _taken(self, answer: dict[str, Any]) -> bytes:
         if self._memory:
             return bytes.fromhex(answer.get("ciphertext", ""))
         taken = b""
-        with contextlib.suppress(BlockingIOError):
+        # Both processes may have gone, and left data unread.
+        with contextlib.suppress(OSError):
             while data := self._far.recv(1 << 16):
                 taken += data
         return taken
