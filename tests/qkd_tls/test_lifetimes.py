@@ -289,6 +289,50 @@ def test_nothing_is_left_of_connections_of_asyncio(local: Lab, loop: str) -> Non
         assert more < 1000 * number, f"{more / number:.0f} bytes for each connection"
 
 
+@pytest.mark.parametrize("loop", ["qkd_tls.aio", "EventLoop"])
+@pytest.mark.parametrize("how", ["failed", "given up"])
+def test_nothing_is_left_of_handshakes_of_asyncio_that_failed(local: Lab, how: str, loop: str) -> None:
+    """The server does not talk TLS, or does not talk at all."""
+    client = local.client()
+    connect: Any = aio.open_connection if loop == "qkd_tls.aio" else asyncio.open_connection
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if how == "failed":
+            writer.write(b"220 mail.example ESMTP\r\n" * 10)
+        with contextlib.suppress(OSError):
+            await reader.read(-1)
+        writer.close()
+
+    async def main() -> collections.Counter[str]:
+        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+
+        async def one() -> None:
+            connecting = connect("127.0.0.1", port, ssl=client, server_hostname="localhost")
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(connecting, PATIENCE if how == "failed" else 0.05)
+                pytest.fail("there was nobody to shake hands with")
+            await eventually_in_loop(lambda: len(asyncio.all_tasks()) == 1, "the server's tasks end")
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        await one()
+        gc.collect()
+        gc.disable()
+        try:
+            before = ours()
+            for _ in range(5):
+                await one()
+            return ours() - before
+        finally:
+            gc.enable()
+            listening.close()
+
+    with asyncio.Runner(loop_factory=aio.EventLoop if loop == "EventLoop" else None) as runner:
+        left = runner.run(main())
+    assert not left, f"the handshakes are over, and these wait for the collector: {dict(left)}"
+
+
 def _resident() -> int:
     """The bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
