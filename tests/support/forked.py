@@ -58,7 +58,7 @@ class _Worker:
         self._run: Run | None = run
         self._orders = orders.makefile("rw")
 
-    def obey(self) -> None:
+    def obey(self) -> NoReturn:
         for line in self._orders:
             order = json.loads(line)
             if order["do"] == "exit":
@@ -69,6 +69,8 @@ class _Worker:
                 self._run = None
                 gc.collect()
             self.answer(self._do(order))
+        # The script has ended without an order to end: the peer does not look any more.
+        os._exit(0)
 
     def answer(self, answer: dict[str, Any]) -> None:
         self._orders.write(json.dumps(answer) + "\n")
@@ -197,8 +199,7 @@ class _Peer:
             # It waits for the peer's.
             closing = self._sealer.seal(ALERT, CLOSE_NOTIFY)
             details["ciphertext"] = "".join(ciphertext for _, ciphertext in self._unread) + closing.hex()
-            if not self._memory:
-                self._far.sendall(closing)
+            self._send(closing)
         before = len(self._got)
         answer = process.ask(do, **details)
         sent = self._look(self._taken(answer))
@@ -244,15 +245,19 @@ class _Peer:
         text = records[-1][1]
         assert isinstance(text, str)
         self._unread.append((text, ciphertext.hex()))
+        self._send(ciphertext)
+
+    def _send(self, ciphertext: bytes) -> None:
         if not self._memory:
-            self._far.sendall(ciphertext)
+            with contextlib.suppress(OSError):
+                self._far.sendall(ciphertext)
 
     def _taken(self, answer: dict[str, Any]) -> bytes:
         if self._memory:
             return bytes.fromhex(answer.get("ciphertext", ""))
         taken = b""
-        # Once all have closed it with data unread, the system resets the connection, as the standard library's.
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+        # Both processes may have gone, and left data unread.
+        with contextlib.suppress(OSError):
             while data := self._far.recv(1 << 16):
                 taken += data
         return taken
@@ -276,7 +281,6 @@ def _run(contexts: Contexts, script: dict[str, Any]) -> None:
     processes = {name: _Process(name) for name in ("parent", "child")}
     if os.fork() == 0:
         _be_parent(contexts, script, ends, processes)
-        raise SystemExit(0)
     for process in processes.values():
         process.leave_to_others()
     ends[0].close()
@@ -311,7 +315,7 @@ def _be_parent(
     script: dict[str, Any],
     ends: tuple[socket.socket, socket.socket],
     processes: dict[str, _Process],
-) -> None:
+) -> NoReturn:
     for process in processes.values():
         process.close()
     run = Run(
