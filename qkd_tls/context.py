@@ -76,11 +76,15 @@ class QKDContext(SSLContext):
         BaseContext.maximum_version.__set__(self, ssl.TLSVersion.TLSv1_2)
         return self
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """The class for `isinstance`: `ssl.SSLContext`, too, if a program has put another class in its place."""
         current = ssl.SSLContext
         return type(self) if issubclass(type(self), current) else current
+
+    @__class__.setter
+    def __class__(self, value: object) -> NoReturn:
+        raise TypeError("a QKDContext stays one")
 
     sslsocket_class: type[QKDSocket] = QKDSocket
     sslobject_class: type[QKDObject] = QKDObject

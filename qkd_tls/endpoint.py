@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from kms_client import KeyManager, KMSError, QKDKey
+from kms_client import KeyManager, KMSError, QKDKey, wipe_keys
 from kms_client.forks import Claims, Direction, share_with_children
 from qkd_tls.certificate import certificate_dict
 from qkd_tls.engine import (
@@ -34,7 +34,7 @@ from qkd_tls.engine import (
     NeedData,
     ServerEngine,
 )
-from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, ssl_error
+from qkd_tls.errors import ClassicalGroupWarning, QKDFallbackWarning, raised_anew, ssl_error
 from qkd_tls.info import QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
 from qkd_tls.records import RecordBuffer
@@ -167,7 +167,7 @@ class Driver:
         """Return whether the connection that is being made is this driver's."""
         return True
 
-    def begin(self, engine: EndpointEngine) -> None:
+    def begin(self, connection: Endpoint) -> None:
         """Note the start of its connection's handshake."""
 
     def take_turn(self) -> None:
@@ -181,26 +181,39 @@ class Driver:
         """Send the last bytes of a failed handshake, if the owner of `outgoing` would not."""
 
     def end(self) -> None:
-        """Note that the handshake is complete."""
+        """Note that the handshake is over, complete or not."""
 
 
 class HoldingDriver(Driver):
-    """The base of drivers that give the engine its keys later: it holds the engine while the handshake lasts."""
+    """The base of drivers that give the engine its keys later: it knows the connection while the handshake lasts."""
 
-    _engine: EndpointEngine | None = None
+    _connection: weakref.ref[Endpoint] | None = None
 
-    def begin(self, engine: EndpointEngine) -> None:
-        """Remember the engine, until the end."""
-        self._engine = engine
+    def begin(self, connection: Endpoint) -> None:
+        """Remember the connection, until the end; it holds the driver, and not the reverse."""
+        self._connection = weakref.ref(connection)
 
     def end(self) -> None:
-        """Let go of the engine."""
-        self._engine = None
+        """Let go of the connection."""
+        self._connection = None
+
+    def _holder(self) -> Endpoint | None:
+        return self._connection() if self._connection is not None else None
 
     def give_up(self) -> None:
-        """End the handshake for good: wipe its secrets, and keys that are still to come."""
-        if self._engine is not None:
-            self._engine.abort()
+        """End the handshake for good: wipe its secrets."""
+        connection = self._holder()
+        if connection is not None:
+            connection.give_up()
+
+    def deliver(self, result: list[QKDKey] | KMSError) -> bool:
+        """Give the engine its keys; return False, and wipe them, if the handshake is over."""
+        connection = self._holder()
+        if connection is not None and isinstance(connection._engine, Engine):
+            connection._engine.keys(result)
+            return True
+        wipe_keys([] if isinstance(result, KMSError) else result)
+        return False
 
 
 _IN_THIS_THREAD: Final = Driver()
@@ -241,7 +254,9 @@ class Endpoint:
     _context: EndpointContext
     _driver: Driver
     _engine: EndpointEngine | None
-    """The engine; None once the handshake is complete."""
+    """The engine; None once the handshake is over."""
+    _failure: OSError | None = None
+    """The error that the handshake has failed with, unless the connection is closed."""
     _tls: TLSConnection | None
     """The TLS connection, once the handshake is complete."""
     _info: QKDInfo | None
@@ -302,7 +317,7 @@ class Endpoint:
 
     def _begin(self, engine: EndpointEngine) -> None:
         self._engine = engine
-        self._driver.begin(engine)
+        self._driver.begin(self)
         share_with_children(self)
 
     def _step(self, engine: EndpointEngine) -> None:
@@ -347,6 +362,27 @@ class Endpoint:
                 ClassicalGroupWarning,
                 stacklevel=_outside(),
             )
+
+    def _give_up(self, engine: EndpointEngine, error: BaseException) -> bytes:
+        """Let go of a handshake that has failed, and of all its secrets; return the last words for the peer."""
+        engine.abort()
+        last_words = engine.data_to_send()
+        self._engine = None
+        self._driver.end()
+        self._driver = _IN_THIS_THREAD
+        given_up = ssl_error(ssl.SSLError, "the handshake was given up")
+        self._failure = raised_anew(error) if isinstance(error, OSError) else given_up
+        return last_words if self._sending.owned else b""
+
+    def give_up(self) -> None:
+        """End the handshake for good, if it lasts, and wipe its secrets; called by its driver."""
+        if self._engine is not None:
+            self._give_up(self._engine, ssl_error(ssl.SSLError, "the handshake was given up"))
+
+    def _raise_failure(self) -> None:
+        """Raise the error that the handshake has failed with, if it has."""
+        if self._failure is not None:
+            raise raised_anew(self._failure)
 
     # --- data, if it goes through memory
 

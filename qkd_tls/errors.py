@@ -16,6 +16,7 @@ __all__ = [
     "QKDKeyMismatch",
     "QKDProtocolError",
     "QKDUnavailable",
+    "raised_anew",
     "ssl_error",
 ]
 
@@ -34,6 +35,20 @@ def ssl_error(kind: type[_SSLError], text: str, reason: str | None = None) -> _S
     error = kind(_NUMBERS.get(kind, ssl.SSL_ERROR_SSL), text)
     error.library, error.reason = "SSL" if reason else None, reason  # type: ignore[assignment]
     return error
+
+
+def raised_anew(error: OSError) -> OSError:
+    """Return a copy of an error, to raise what an object has kept.
+
+    An error that has been raised leads to all that its callers held: kept by one of them, it is a reference cycle.
+    """
+    kind = type(error)
+    copy = kind.__new__(kind, *error.args)
+    copy.args = error.args
+    copy.errno, copy.strerror = error.errno, error.strerror
+    copy.__dict__.update(error.__dict__)
+    copy.__cause__, copy.__suppress_context__ = error.__cause__, True
+    return copy
 
 
 class QKDError(ssl.SSLError):

@@ -134,6 +134,9 @@ class _Owner:
     def __del__(self) -> None:
         """Free the object. The collector may call this before others stop using it."""
         raw = self.__dict__.pop("_raw", None)
+        # What it owns is freed with it.
+        self.__dict__.pop("_incoming", None)
+        self.__dict__.pop("_outgoing", None)
         if raw is not None:
             self._free(raw)
 

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 
 from qkd_tls.endpoint import Endpoint
 from qkd_tls.engine import Established, NeedData, ServerEngine
-from qkd_tls.errors import ssl_error
+from qkd_tls.errors import raised_anew, ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.info import Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext, TLSSettings
@@ -161,7 +161,7 @@ class _PSKEngine:
         try:
             self._complete = self.connection.handshake()
         except OSError as error:
-            self._error = error
+            self._error = raised_anew(error)
 
     def data_to_send(self) -> bytes:
         return self.connection.take()
@@ -175,7 +175,7 @@ class _PSKEngine:
 
     def next_action(self) -> NeedData | Established:
         if self._error is not None:
-            raise self._error
+            raise raised_anew(self._error)
         connection = self.connection
         if not self._complete:
             return NeedData()

@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, NoReturn, Self, TypeVar
 
 from kms_client.forks import Claims, Direction
@@ -253,13 +254,10 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                     self._wait(_WRITE, deadline, "handshake")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
-        except BaseException:
+        except BaseException as error:
             if engine is not None and self._info is None:
-                engine.abort()
-                if not self._sending.owned:
-                    raise
-                self._unsent += engine.data_to_send()
                 # The peer should learn why, if it still listens.
+                self._unsent += self._give_up(engine, error)
                 with contextlib.suppress(OSError):
                     self._flush()
             raise
@@ -271,6 +269,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if engine is not None:
             self._step(engine)
         elif self._tls is None:
+            self._raise_failure()
             raise OSError(9, "Bad file descriptor: the connection has been closed")
         else:
             self._flush()
@@ -319,7 +318,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             self._receiving.lose()
 
     def _check_open(self, what: str) -> None:
-        if self._engine is None and self._tls is None:
+        if self._engine is None and self._tls is None and self._failure is None:
             raise ValueError(f"{what} on closed or unwrapped QKDSocket.")
 
     def _check_connected(self) -> None:
@@ -424,11 +423,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         sent = 0
         with self._turn(self._writing, _WRITE, deadline, "write"):
             while sent < len(view):
-                start = sent
+                write = partial(TLSConnection.write_all, data=view, start=sent)
                 try:
-                    sent = self._pump(
-                        lambda tls: tls.write_all(view, start), deadline, "write", self._sending
-                    )  # noqa: B023 - at once
+                    sent = self._pump(write, deadline, "write", self._sending)
                 except ssl.SSLWantWriteError:
                     if whole or not sent:
                         raise
@@ -454,7 +451,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
 
         Raises ssl.SSLError if the peer sends data behind this side's close_notify, and ValueError if there is no TLS.
         """
-        if self._engine is None and self._tls is None:
+        if self._engine is None and self._tls is None and self._failure is None:
             raise ValueError(f"No SSL wrapper around {self}")
         self._ready()
         deadline = self._deadline()
@@ -482,6 +479,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def _forget(self) -> None:
         with self._lock:
             engine, self._engine, self._tls = self._engine, None, None
+            self._failure = None
         # Where another thread is shaking hands, it finds out at its next step and gives up by itself.
         if engine is not None and self._handshaking.acquire(blocking=False):
             engine.abort()

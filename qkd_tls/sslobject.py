@@ -68,6 +68,7 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         """
         self._driver.take_turn()
         with self._lock:
+            self._raise_failure()
             try:
                 while self._engine is not None:
                     if self._contested:
@@ -75,13 +76,12 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
                     self._step(self._engine)
             except ssl.SSLWantReadError:
                 raise
-            except BaseException:
+            except BaseException as error:
                 if self._engine is not None:
-                    self._engine.abort()
-                    if self._sending.owned:
-                        # The peer should learn why.
-                        self._send_ciphertext(self._engine.data_to_send())
-                        self._driver.take_last_words(self._outgoing)
+                    driver = self._driver
+                    # The peer should learn why.
+                    self._send_ciphertext(self._give_up(self._engine, error))
+                    driver.take_last_words(self._outgoing)
                 raise
 
     def _send_ciphertext(self, data: bytes) -> None:

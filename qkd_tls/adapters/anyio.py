@@ -11,7 +11,6 @@ from anyio.streams.tls import TLSStream
 from kms_client import KeyManager
 from qkd_tls.context import QKDContext
 from qkd_tls.endpoint import HoldingDriver, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
-from qkd_tls.engine import Engine
 
 __all__ = ["wrap_stream"]
 
@@ -31,10 +30,8 @@ class _StreamDriver(HoldingDriver):
         if self._asked is None:
             return False
         (request, manager), self._asked = self._asked, None
-        assert isinstance(self._engine, Engine)
         # Not abandoned on cancellation: the keys have to be wiped.
-        self._engine.keys(await anyio.to_thread.run_sync(fetch_keys, request, manager))
-        return True
+        return self.deliver(await anyio.to_thread.run_sync(fetch_keys, request, manager))
 
 
 class _Stream(ByteStream):

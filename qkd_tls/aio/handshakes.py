@@ -13,7 +13,6 @@ from kms_client import KeyManager
 from qkd_tls.aio.kms_threads import FetchResult, ask_in_thread
 from qkd_tls.aio.turns import Turns
 from qkd_tls.endpoint import HoldingDriver, KeyRequest, KeysWanted, driver_in_charge
-from qkd_tls.engine import Engine
 from qkd_tls.errors import ssl_error
 
 __all__ = ["LoopDriver", "TransportDriver", "driving"]
@@ -41,13 +40,13 @@ class LoopDriver(HoldingDriver, abc.ABC):
 
     def _deliver(self, result: FetchResult) -> None:
         self._asked = None
-        assert isinstance(self._engine, Engine)
         try:
-            self._engine.keys(result)
+            waiting = self.deliver(result)
         except Exception as error:  # noqa: BLE001 - an observer's, say
             self._fail(error)
         else:
-            self._go_on()
+            if waiting:
+                self._go_on()
 
     @abc.abstractmethod
     def _go_on(self) -> None:

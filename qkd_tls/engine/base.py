@@ -26,7 +26,7 @@ from qkd_tls.engine.states import (
     State,
     Step,
 )
-from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable, ssl_error
+from qkd_tls.errors import QKDKeyMismatch, QKDProtocolError, QKDUnavailable, raised_anew, ssl_error
 from qkd_tls.hybrid import EXPORTER_LABEL, EXPORTER_SIZE, KDF, association_secret
 from qkd_tls.info import HandshakePath, Protection, QKDInfo
 from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext
@@ -109,7 +109,7 @@ class Engine(abc.ABC):
         self._kms_round_trips = 0
         self._bootstrapped = False
         self._info: QKDInfo | None = None
-        self._error: Exception | None = None
+        self._error: OSError | None = None
         self._peer_sae_id: str | None = None
 
     # --- what a driver calls
@@ -170,7 +170,7 @@ class Engine(abc.ABC):
     def next_action(self) -> Action:
         """Return the next action; raise the error that ended the handshake."""
         if self._error is not None:
-            raise self._error
+            raise raised_anew(self._error)
         if self._info is not None:
             return Established(self._info)
         return self._request or _NEED_DATA
@@ -195,8 +195,12 @@ class Engine(abc.ABC):
         except OSError as error:
             self._collect()
             self._state = State.FAILED
-            self._error = error
+            self._error = raised_anew(error)
+            # It leads to the frames that hold it.
+            error.__traceback__ = None
             self._clean_up()
+            # OpenSSL wipes its secrets when its object is freed.
+            self._tls = None
 
     def _fail(self, error: Exception) -> NoReturn:
         """End with a close_notify if there is a TLS connection to close."""
@@ -212,7 +216,7 @@ class Engine(abc.ABC):
             self._psk = None
 
     def _clean_up(self) -> None:
-        """Wipe the handshake's secrets after a failure."""
+        """Wipe the keys and the PSK of an attempt that has failed."""
         self._forget_psk()
         self._request = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import weakref
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -145,7 +146,13 @@ class ServerEngine(Engine):
             self._refuse_stock_client()
         self._go(event)
         self._app_alpn = None
-        self._tls = TLSConnection(self._config.context, psk=self._psk, select_alpn=self._select_alpn)
+        # Not by a reference from the connection, which would hold who holds it.
+        select = weakref.WeakMethod(self._select_alpn)
+        self._tls = TLSConnection(
+            self._config.context,
+            psk=self._psk,
+            select_alpn=lambda tls, offered: (select() or _no_protocol)(tls, offered),
+        )
 
     def _refuse_stock_client(self) -> None:
         if self._config.policy is not Policy.REQUIRE or self._hello is None or not _is_stock(self._hello):
@@ -374,6 +381,10 @@ _STEPS: Final[dict[State, Callable[[ServerEngine], None]]] = {
     State.SERVER_SKIP: ServerEngine._skip_hello,
 }
 """The steps for bytes of the client. In the other states they wait."""
+
+
+def _no_protocol(_tls: TLSConnection, _offered: tuple[bytes, ...]) -> None:
+    """Choose none: nobody waits for this connection any more."""
 
 
 def _is_stock(hello: ClientHello) -> bool:

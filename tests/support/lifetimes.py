@@ -94,7 +94,7 @@ class Owner:
             USES[self.use](self.end)
         except (OSError, ValueError):
             pass
-        except (ImportError, NameError) as error:
+        except (ImportError, NameError, LookupError) as error:
             # The interpreter is at its end: it imports nothing any more, and `open` is gone.
             if sys.meta_path is not None:
                 print(f"WRONG: {error}", file=sys.stderr, flush=True)
