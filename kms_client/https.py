@@ -1,30 +1,30 @@
 """One HTTPS request to a KME: mutual TLS, one deadline, a bounded body; every failure a `KMSError`.
 
-Built on `requests`, with its open points closed: no redirects, no proxies or certificate bundles from the
-environment, no compression, no endless or endlessly slow answers, no address outside the secure site.
+No redirects, no proxies or certificate bundles from the environment, no compression, no endless or endlessly slow
+answers, no address outside the secure site.
+
+No HTTP library connects or sends here, so that no release of one can send a request elsewhere: `_Link` makes each
+connection, checks it, and writes the request to it. `http.client` only reads the answer.
 """
 
 from __future__ import annotations
 
 import http.client
 import io
+import logging
 import os
 import re
+import select
 import socket
 import ssl
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-from urllib.parse import urlsplit
-
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+from typing import Any, Final, Protocol
+from urllib.parse import quote, urlsplit
 
 from kms_client.credentials import FilePath, Password, client_context, hidden
 from kms_client.errors import (
@@ -40,7 +40,9 @@ from kms_client.secure_site import SecureSite, has_ml_kem
 
 __all__ = ["Answer", "HTTPSClient", "WrapsSockets"]
 
-_CHUNK = 1 << 16  # bytes
+_log: Final = logging.getLogger("kms_client.https")
+
+_CHUNK = 1 << 14  # bytes
 _LOST_HINT = (
     "Check that the KME runs. A KME that refuses this SAE's certificate may also end the connection like "
     "this. Keys that it took out of its store meanwhile are lost."
@@ -65,6 +67,8 @@ _OWN_HEADERS = {
 }
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[!-~](?:[ \t!-~]*[!-~])?|")
+_HOST = re.compile(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", re.ASCII)
+_TARGET = re.compile(r"/[!-~]*")
 
 
 class WrapsSockets(Protocol):
@@ -86,9 +90,8 @@ class Answer:
 class HTTPSClient:
     """HTTPS requests to one KME, from any number of threads.
 
-    Sessions are kept in a stack and each is lent to one thread at a time: `requests.Session` does not
-    promise to be thread-safe, and one session a thread would cost a TLS handshake in every short-lived
-    thread.
+    Connections are kept in a stack and each is lent to one thread at a time: one connection a thread would cost a TLS
+    handshake in every short-lived thread.
 
     Args:
         url: `https://host[:port][/prefix]`.
@@ -146,8 +149,9 @@ class HTTPSClient:
             # Not quoted: it might hold a password.
             raise ValueError("a KME's URL is https://host[:port][/prefix], with no user, query or fragment")
         self.url = url.rstrip("/")
+        self._prefix = quote(parts.path.rstrip("/"), safe="!#$%&'()*+,/:;=?@[]~")
         self._headers = _checked_headers(headers or {})
-        self._timeout = (connect_timeout, read_timeout)
+        self._read_timeout = read_timeout
         instead = (cert, key, ca, pkcs12, key_password)
         if psk_context is not None and any(part is not None for part in (ssl_context, *instead)):
             raise ValueError("give either psk_context or certificates: with a pre-shared key there are none")
@@ -156,8 +160,9 @@ class HTTPSClient:
         self._proof = "this SAE's certificate" if psk_context is None else "the pre-shared key"
         self._link = _Link(
             url=self.url,
-            host=parts.hostname,
-            port=parts.port,
+            # An interface of an IPv6 address stands behind %25 in a URL (RFC 6874).
+            host=parts.hostname.replace("%25", "%"),
+            port=parts.port or 443,
             server_hostname=server_hostname,
             unix_socket=None if unix_socket is None else os.fspath(unix_socket),
             site=site or SecureSite(),
@@ -168,8 +173,10 @@ class HTTPSClient:
                 cert=cert, key=key, ca=ca, pkcs12=pkcs12, key_password=key_password, kms=self.url
             ),
             quirks=set() if quirks is None else quirks,
+            timeout=connect_timeout,
         )
-        self._idle: deque[requests.Session] = deque()
+        self._idle: deque[_Connection] = deque()
+        weakref.finalize(self, _close_all, self._idle)
         self._closed = False
         forget_in_children(self)
 
@@ -191,117 +198,116 @@ class HTTPSClient:
         """
         if self._closed:
             raise KMSUnavailable("this key manager is closed", kms=self.url, hint="Make a new client.")
+        if not _TARGET.fullmatch(target := self._prefix + path):
+            raise ValueError(
+                f"{shown(path)!r} cannot be asked for: it must begin with / and be percent-encoded"
+            )
+        head = self._head(method, target, body)
         failure: KMSError
         try:
-            with self._session() as session:
-                return self._exchange(session, method, path, body, max_size)
+            with self._connection() as connection:
+                return self._exchange(connection, method, target, head + (body or b""), max_size)
         except KMSError:
             raise
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             failure = self._explain(error)
-        # Out of the except block, so that the library's errors, which hold requests and answers, are let go.
+        # Out of the except block, so that errors of libraries, which hold answers, are let go.
         raise failure
 
     def close(self) -> None:
         """Close idle connections; those in use are closed when their answer is read."""
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        _close_all(self._idle)
 
     def forget(self) -> None:
         """Start afresh in a forked child, which must not speak on its parent's connections."""
-        self._idle = deque()
+        while self._idle:
+            self._idle.pop().abandon()
 
     @contextmanager
-    def _session(self) -> Iterator[requests.Session]:
+    def _connection(self) -> Iterator[_Connection]:
+        """Lend a connection; keep it if its answer was read and another may follow."""
+        connection = self._kept_connection() or self._link.connect()
         try:
-            session = self._idle.pop()
-        except IndexError:
-            session = self._new_session()
-        try:
-            yield session
+            yield connection
         except BaseException:
-            session.close()
+            connection.close()
             raise
-        self._idle.append(session)
+        if not connection.reusable:
+            connection.close()
+            return
+        self._idle.append(connection)
         if self._closed:
             self.close()
 
-    def _new_session(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False
-        session.headers.update({"Accept": "application/json", **self._headers, "Accept-Encoding": "identity"})
-        session.mount("https://", _Adapter(self._link))
-        return session
+    def _kept_connection(self) -> _Connection | None:
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return None
+            if connection.is_quiet():
+                return connection
+            connection.close()
+
+    def _head(self, method: str, target: str, body: bytes | None) -> bytes:
+        fields = {
+            "Host": self._link.authority,
+            "User-Agent": "qkd-tls",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
+        if body is not None:
+            fields["Content-Type"] = "application/json"
+        if body is not None or method != "GET":
+            fields["Content-Length"] = str(len(body or b""))
+        given = {name.lower() for name in self._headers}
+        fields = {name: value for name, value in fields.items() if name.lower() not in given} | self._headers
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
     def _exchange(
-        self, session: requests.Session, method: str, path: str, body: bytes | None, max_size: int
+        self, connection: _Connection, method: str, target: str, request: bytes, max_size: int
     ) -> Answer:
-        response = session.request(
-            method,
-            self.url + path,
-            data=body,
-            headers={"Content-Type": "application/json"} if body is not None else None,
-            timeout=self._timeout,
-            allow_redirects=False,
-            stream=True,
-        )
-        with response:
-            encoding = response.headers.get("Content-Encoding", "identity")
+        deadline = time.monotonic() + self._read_timeout
+        connection.send(request, self._read_timeout)
+        with http.client.HTTPResponse(_DeadlineReader(connection.tls, deadline), method=method) as response:  # type: ignore[arg-type]
+            response.begin()
+            _log.debug('%s "%s %s" %d', self.url, method, target, response.status)
+            encoding = response.getheader("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise self._protocol_error(f"the answer is encoded ({shown(encoding)}), unasked", response)
             received = _read(response, max_size)
             if received is None:
                 raise self._protocol_error(f"the answer is larger than {max_size} bytes", response)
-        return Answer(response.status_code, received)
+            connection.reusable = not response.will_close
+            return Answer(response.status, received)
 
-    def _protocol_error(self, message: str, response: requests.Response) -> KMSProtocolError:
-        return KMSProtocolError(message, kms=self.url, status=response.status_code)
+    def _protocol_error(self, message: str, response: http.client.HTTPResponse) -> KMSProtocolError:
+        return KMSProtocolError(message, kms=self.url, status=response.status)
 
     def _explain(self, error: Exception) -> KMSError:
-        """Return the `KMSError` for an error of requests, urllib3, http.client, ssl or the socket."""
-        causes = list(_causes(error))
-
-        def caused_by(*kinds: type[BaseException]) -> Any:
-            return next((cause for cause in causes if isinstance(cause, kinds)), None)
-
-        connect, read = self._timeout
-        if refusal := caused_by(ssl.SSLCertVerificationError):
+        """Return the `KMSError` for an error of the TLS handshake, or of a request on its way."""
+        if isinstance(error, ssl.SSLCertVerificationError):
             return KMSAuthenticationError(
-                f"the KME's certificate was refused: {shown(refusal.verify_message)}",
+                f"the KME's certificate was refused: {shown(error.verify_message)}",
                 kms=self.url,
-                hint=_OTHER_NAME_HINT if refusal.verify_code in _NAME_MISMATCHES else "",
+                hint=_OTHER_NAME_HINT if error.verify_code in _NAME_MISMATCHES else "",
             )
-        if caused_by(requests.ConnectTimeout):
-            return KMSTimeout(
-                f"no connection within {connect:g} seconds",
-                kms=self.url,
-                hint=KMSUnavailable.default_hint,
-                keys_may_be_lost=False,
-            )
-        if caused_by(requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError):
-            return KMSTimeout(f"no complete answer within {read:g} seconds", kms=self.url)
-        if caused_by(urllib3.exceptions.NewConnectionError):
-            # requests' errors are OSErrors too, without an errno.
-            refusals = [c for c in causes if isinstance(c, OSError) and c.errno is not None]
-            reason = refusals[0].strerror if refusals else "the host is unknown or unreachable"
-            return KMSUnavailable(f"cannot connect: {reason}", kms=self.url)
-        failure = caused_by(ssl.SSLError)
-        if failure is not None and not isinstance(failure, ssl.SSLEOFError):
-            reason = failure.reason or "unknown reason"
+        if isinstance(error, TimeoutError):
+            return KMSTimeout(f"no complete answer within {self._read_timeout:g} seconds", kms=self.url)
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            reason = error.reason or "unknown reason"
             if "ALERT" in reason or "PSK" in reason:
                 return KMSAuthenticationError(
                     f"the KME ended the TLS handshake ({reason}): it probably refused {self._proof}",
                     kms=self.url,
                 )
             return KMSProtocolError(f"TLS failed ({reason})", kms=self.url)
-        garbage = caused_by(http.client.HTTPException)
-        if garbage is not None and not isinstance(
-            garbage, (http.client.RemoteDisconnected, http.client.IncompleteRead)
+        if isinstance(error, http.client.HTTPException) and not isinstance(
+            error, (http.client.RemoteDisconnected, http.client.IncompleteRead)
         ):
             return KMSProtocolError("the answer is not HTTP", kms=self.url)
-        if caused_by(requests.exceptions.InvalidURL, urllib3.exceptions.LocationParseError):
-            return KMSUnavailable("the URL cannot be used", kms=self.url, hint="Correct the KME's URL.")
         return KMSUnavailable(
             "the connection was lost before the answer was complete",
             kms=self.url,
@@ -310,33 +316,28 @@ class HTTPSClient:
         )
 
 
-def _read(response: requests.Response, max_size: int) -> bytearray | None:
-    """Return the body, or None if it is too large; raise nothing: a traceback would lead to the data read."""
-    received = bytearray()
+def _read(response: http.client.HTTPResponse, max_size: int) -> bytearray | None:
+    """Return the body, or None if it is too large. Nothing of it is left in an error, nor in a buffer of ours."""
+    received, buffer = bytearray(), bytearray(_CHUNK)
     complete = False
     try:
-        while chunk := response.raw.read(_CHUNK, decode_content=False):
-            received += chunk
+        while size := response.readinto(buffer):
+            received += memoryview(buffer)[:size]
             if len(received) > max_size:
                 return None
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
         complete = True
         return received
     finally:
+        buffer[:] = bytes(len(buffer))
         if not complete:
             received[:] = bytes(len(received))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and all that led to it; requests and urllib3 keep some causes in `args` only."""
-    pending: list[object] = [error]
-    seen: set[int] = set()
-    while pending:
-        cause = pending.pop()
-        if not isinstance(cause, BaseException) or id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        yield cause
-        pending += [*cause.args, getattr(cause, "reason", None), cause.__cause__, cause.__context__]
+def _close_all(idle: deque[_Connection]) -> None:
+    while idle:
+        idle.pop().close()
 
 
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -362,38 +363,65 @@ def _check_context(context: ssl.SSLContext, *instead: object) -> None:
         )
 
 
-# What follows puts one deadline over the whole answer: the timeout of `requests` is for each recv(), so
-# that a server which sends a byte now and then could hold a caller for hours.
-
-
 class _DeadlineReader(io.RawIOBase):
-    """A reader of a socket until a deadline, which is the socket's timeout from now on."""
+    """A reader of a socket until a deadline, by `time.monotonic`, for `http.client.HTTPResponse`.
 
-    def __init__(self, sock: socket.socket) -> None:
+    A socket's own timeout is for each `recv`: a server that sends a byte now and then could hold a caller for hours.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket, deadline: float) -> None:
         self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
-        self._deadline = time.monotonic() + (sock.gettimeout() or 0)
+        self._deadline = deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Return a buffered reader; called by `HTTPResponse`."""
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> int:
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(remaining)
-        return self._raw.readinto(buffer)
+        return self._sock.recv_into(buffer)
+
+
+class _Connection:
+    """A connection to the KME that `_Link` has made and checked; lent to one thread at a time.
+
+    Attributes:
+        tls: for reading.
+        reusable: True once its last answer was read, if another request may follow.
+    """
+
+    def __init__(self, tls: ssl.SSLSocket) -> None:
+        self.tls = tls
+        self.reusable = False
+
+    def send(self, request: bytes, timeout: float) -> None:
+        """Send a whole request within `timeout` seconds."""
+        self.reusable = False
+        self.tls.settimeout(timeout)
+        # A KME that has closed may have said why: its answer, or the alert, is still to be read.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.tls.sendall(request)
+
+    def is_quiet(self) -> bool:
+        """Return True unless something has come since the last answer: as a rule, the end of the connection."""
+        poll = select.poll()
+        poll.register(self.tls, select.POLLIN)
+        return not poll.poll(0)
 
     def close(self) -> None:
-        self._raw.close()
-        super().close()
+        # What is sent at the end may find the KME gone.
+        with suppress(OSError):
+            self.tls.close()
 
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp.close()
-        self.fp = io.BufferedReader(_DeadlineReader(sock))
+    def abandon(self) -> None:
+        """Close this process's file descriptor only; the TLS connection goes on in the parent."""
+        os.close(self.tls.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,15 +430,77 @@ class _Link:
 
     url: str
     host: str
-    port: int | None
+    port: int
     server_hostname: str | None
     unix_socket: str | None
     site: SecureSite
     may_have_ml_kem: bool
     context: WrapsSockets = field(repr=False)
     quirks: set[str] = field(repr=False)
+    timeout: float
 
-    def protect(self, sock: socket.socket) -> ssl.SSLSocket:
+    @property
+    def authority(self) -> str:
+        """The KME as a request names it. Raises KMSUnavailable if no host can have this name."""
+        try:
+            address, is_name = self.host.partition("%")[0], ":" not in self.host
+            host = address.encode("idna").decode("ascii") if is_name else f"[{address}]"
+        except UnicodeError:
+            host = ""
+        # The system's resolver takes "*" for this host.
+        if not _HOST.fullmatch(host):
+            raise KMSUnavailable("the URL cannot be used", kms=self.url, hint="Correct the KME's URL.")
+        return host if self.port == 443 else f"{host}:{self.port}"
+
+    def connect(self) -> _Connection:
+        """Connect, and check everything that a request relies on."""
+        sock = self._reach()
+        try:
+            sock.settimeout(self.timeout)
+            tls = self._protect(sock)
+        except TimeoutError:
+            sock.close()
+            failure = self._no_connection()
+        except BaseException:
+            # Closes nothing if TLS has taken it over.
+            sock.close()
+            raise
+        else:
+            return _Connection(tls)
+        raise failure
+
+    def _reach(self) -> socket.socket:
+        failure: KMSError
+        try:
+            if self.unix_socket is None:
+                sock = socket.create_connection((self.host, self.port), self.timeout)
+                # The first byte of a request is not to wait for the acknowledgement of an earlier one.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(self.timeout)
+                sock.connect(self.unix_socket)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        except TimeoutError:
+            failure = self._no_connection()
+        except OSError as error:
+            reason = error.strerror or "the host is unknown or unreachable"
+            failure = KMSUnavailable(f"cannot connect: {reason}", kms=self.url)
+        raise failure
+
+    def _no_connection(self) -> KMSTimeout:
+        return KMSTimeout(
+            f"no connection within {self.timeout:g} seconds",
+            kms=self.url,
+            hint=KMSUnavailable.default_hint,
+            keys_may_be_lost=False,
+        )
+
+    def _protect(self, sock: socket.socket) -> ssl.SSLSocket:
         """Start TLS on a connected socket; check it against the secure site before anything is asked."""
         inside = self.site.contains_peer(sock)
         if not inside and not self.site.ml_kem_outside:
@@ -419,64 +509,20 @@ class _Link:
             raise self.site.refusal(sock, "this client's TLS has no ML-KEM", kms=self.url)
         name = (self.server_hostname or self.host).partition("%")[0].rstrip(".")
         tls = self.context.wrap_socket(sock, server_hostname=name)
-        if not inside and not has_ml_kem(tls):
-            refusal = self.site.refusal(tls, "ML-KEM does not protect the link", kms=self.url)
+        try:
+            if not isinstance(tls, ssl.SSLSocket) or tls.version() is None:
+                # A context of the program's own: it may do anything.
+                raise KMSAuthenticationError(
+                    "ssl_context has made no TLS connection: no request was sent",
+                    kms=self.url,
+                    hint="Its wrap_socket() must return an ssl.SSLSocket whose handshake is complete.",
+                )
+            if not inside and not has_ml_kem(tls):
+                raise self.site.refusal(tls, "ML-KEM does not protect the link", kms=self.url)
+            certificate = tls.getpeercert()
+        except BaseException:
             tls.close()
-            raise refusal
-        certificate = tls.getpeercert()
+            raise
         if certificate and not certificate.get("subjectAltName"):
             self.quirks.add("certificate without a subject alternative name")
         return tls
-
-
-class _Connection(HTTPSConnection):
-    response_class = _Response
-
-    def __init__(self, *args: Any, link: _Link, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._link = link
-
-    def connect(self) -> None:
-        # Not urllib3's own, which changes the context with each connection, and asks no site.
-        self.sock = sock = self._new_conn()
-        try:
-            self.sock = self._link.protect(sock)
-        except TimeoutError:
-            # In the TLS handshake; urllib3 would take it for a request without an answer.
-            raise ConnectTimeoutError(self, "the TLS handshake timed out") from None
-        self.is_verified = True  # _check_context
-
-    def _new_conn(self) -> socket.socket:
-        if self._link.unix_socket is None:
-            return super()._new_conn()
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(self.timeout)
-            sock.connect(self._link.unix_socket)
-        except OSError as error:
-            sock.close()
-            raise NewConnectionError(self, f"cannot connect to {self._link.unix_socket}") from error
-        return sock
-
-
-class _Pool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _Adapter(HTTPAdapter):
-    """A transport adapter that sends everything to one KME."""
-
-    def __init__(self, link: _Link) -> None:
-        super().__init__(max_retries=0)
-        self._pool = _Pool(link.host, link.port, maxsize=1, link=link)
-
-    def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPSConnectionPool:
-        """Return the only pool; all about TLS is in its link."""
-        return self._pool
-
-    def cert_verify(self, *args: Any) -> None:
-        """Do nothing: `requests` would load its own CA certificates."""
-
-    def close(self) -> None:
-        super().close()
-        self._pool.close()

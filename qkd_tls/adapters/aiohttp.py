@@ -18,7 +18,9 @@ from typing import Any
 import aiohttp
 
 from qkd_tls import aio
+from qkd_tls.adapters.refusal import checked, refusal_of_plain_http
 from qkd_tls.context import QKDContext
+from qkd_tls.errors import QKDError
 from qkd_tls.info import QKDInfo
 
 __all__ = ["QKDConnector", "QKDResponse"]
@@ -28,15 +30,42 @@ class QKDConnector(aiohttp.TCPConnector):
     """A connector that makes the connections of a `ClientSession` with a `QKDContext`.
 
     Args:
-        context: a client's context. The `ssl` argument of a single request still takes precedence.
+        context: a client's context. The `ssl` argument of a single request may name another `QKDContext`.
         options: keyword arguments of `aiohttp.TCPConnector`, without `ssl`.
 
+    Nothing is sent over a connection that is not the context's: for other `ssl` arguments, and with any version of
+    aiohttp. A proxy is reached without a QKD key.
+
     A request raises the same exceptions as with aiohttp: aiohttp.ClientSSLError has the `QKDError` as its
-    cause.
+    cause. It raises aiohttp.InvalidUrlClientError for an `http://` URL.
     """
 
     def __init__(self, context: QKDContext, **options: Any) -> None:
+        self._context = context
         super().__init__(ssl=context, **options)
+
+    async def connect(self, req: Any, *args: Any, **options: Any) -> Any:
+        """Return a connection for a request; called by `ClientSession`."""
+        if req.url.scheme in ("http", "ws"):
+            raise aiohttp.InvalidUrlClientError(req.url, refusal_of_plain_http(req.url))
+        connection = await super().connect(req, *args, **options)
+        self._check(connection, req)
+        return connection
+
+    async def _create_connection(self, req: Any, *args: Any, **options: Any) -> Any:
+        # All connections are made by this, and all requests ask `connect` for one: either is enough.
+        protocol = await super()._create_connection(req, *args, **options)
+        self._check(protocol, req)
+        return protocol
+
+    def _check(self, connection: Any, req: Any) -> None:
+        context = req.ssl if isinstance(req.ssl, QKDContext) else self._context
+        transport = connection.transport
+        try:
+            checked(transport and transport.get_extra_info("ssl_object"), context, "aiohttp")
+        except QKDError as error:
+            connection.close()
+            raise aiohttp.ClientConnectorSSLError(req.connection_key, error) from error
 
     # aiohttp has no public place to say how a connection is made: these two call create_connection and start_tls of
     # self._loop.

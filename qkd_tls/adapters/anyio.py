@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import anyio.to_thread
+from anyio import aclose_forcefully
 from anyio.abc import AnyByteStream, ByteStream
-from anyio.streams.tls import TLSStream
+from anyio.streams.tls import TLSAttribute, TLSStream
 
 from kms_client import KeyManager
+from qkd_tls.adapters.refusal import checked
 from qkd_tls.context import QKDContext
 from qkd_tls.endpoint import HoldingDriver, KeyRequest, KeysWanted, driver_in_charge, fetch_keys
 
@@ -79,7 +81,7 @@ async def wrap_stream(
     driver = _StreamDriver()
     token = driver_in_charge.set(driver)
     try:
-        return await TLSStream.wrap(
+        tls = await TLSStream.wrap(
             _Stream(stream, driver),
             server_side=server_side,
             hostname=hostname,
@@ -88,3 +90,11 @@ async def wrap_stream(
         )
     finally:
         driver_in_charge.reset(token)
+    connection: Any = tls.extra(TLSAttribute.ssl_object)  # noqa: S610 - not Django's
+    try:
+        # The server may have chosen another context, by the name that the client asks for.
+        checked(connection, getattr(connection, "context", context) if server_side else context, "anyio")
+    except BaseException:
+        await aclose_forcefully(tls)
+        raise
+    return tls

@@ -16,7 +16,9 @@ import redis
 import redis.asyncio
 
 from qkd_tls import aio
+from qkd_tls.adapters.refusal import checked
 from qkd_tls.context import QKDContext
+from qkd_tls.errors import QKDError
 from qkd_tls.info import QKDInfo
 
 __all__ = ["AsyncQKDConnection", "QKDConnection", "qkd_info"]
@@ -29,6 +31,9 @@ class QKDConnection(redis.SSLConnection):
         qkd_context: a client's context. All TLS settings are the context's.
         options: keyword arguments of `redis.Connection`.
 
+    Whatever the version of `redis`, no command is sent over a connection that is not the context's:
+    redis.ConnectionError.
+
     Raises ValueError if one of redis-py's own TLS settings (`ssl_...`) is given too.
     """
 
@@ -37,8 +42,28 @@ class QKDConnection(redis.SSLConnection):
         self._qkd_context = qkd_context
         super().__init__(**options)
 
+    def _connect(self) -> Any:
+        sock: Any = super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            checked(sock, self._qkd_context, "redis")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
     def _wrap_socket_with_ssl(self, sock: Any) -> Any:
         return self._qkd_context.wrap_socket(sock, server_hostname=self.host)
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command, if the connection is the context's. All commands go through here, whoever connected."""
+        if self._sock is None:
+            self.connect()  # type: ignore[no-untyped-call]
+        try:
+            checked(self._sock, self._qkd_context, "redis")
+        except QKDError as error:
+            self.disconnect()  # type: ignore[no-untyped-call]
+            raise redis.ConnectionError(str(error)) from error
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
     @property
     def qkd(self) -> QKDInfo | None:
@@ -67,10 +92,25 @@ class AsyncQKDConnection(redis.asyncio.Connection):
             self._writer.close()
             raise
 
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command, if the connection is the context's. All commands go through here, whoever connected."""
+        if not self.is_connected:
+            await self.connect()  # type: ignore[no-untyped-call]
+        try:
+            checked(self._ssl_object, self._qkd_context, "redis")
+        except QKDError as error:
+            await self.disconnect(nowait=True)
+            raise redis.ConnectionError(str(error)) from error
+        await super().send_packed_command(command, check_health)
+
+    @property
+    def _ssl_object(self) -> Any:
+        return self._writer and self._writer.get_extra_info("ssl_object")
+
     @property
     def qkd(self) -> QKDInfo | None:
         """The connection's protection; None before it is established."""
-        return getattr(self._writer and self._writer.get_extra_info("ssl_object"), "qkd", None)
+        return getattr(self._ssl_object, "qkd", None)
 
 
 def qkd_info(client: redis.Redis) -> QKDInfo:

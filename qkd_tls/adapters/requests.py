@@ -8,8 +8,10 @@ from typing import Any, Final
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3 import PoolManager
 
-from qkd_tls.adapters.urllib3 import with_qkd_info
+from qkd_tls.adapters.refusal import refusal, refusal_of_plain_http
+from qkd_tls.adapters.urllib3 import TLS_SETTINGS, hybrid_only, is_hybrid_only
 from qkd_tls.context import QKDContext
 from qkd_tls.errors import QKDError
 from qkd_tls.info import QKDInfo
@@ -31,37 +33,54 @@ class QKDAdapter(HTTPAdapter):
         context: a client's context.
         options: keyword arguments of `requests.adapters.HTTPAdapter`.
 
+    A proxy may be reached over HTTP or over TLS; the TLS to the proxy is that of `requests`, not hybrid.
+
+    Whatever the version of `requests`, nothing is sent over a connection that is not the context's.
+
+    Raises RuntimeError if this version of `requests` does not let an adapter make its connections.
+
     A request raises:
         ValueError: `verify` or `cert` was given to the request or the session.
+        requests.exceptions.InvalidSchema: the URL is not `https://`.
         requests.exceptions.SSLError: as always; if a QKD key was the reason, its `__cause__` is the
             `QKDError`, and its text is that error's.
-
-    Proxies work. The TLS to a proxy that is reached over HTTPS is the standard library's, with the system's CAs; inside
-    of it is the connection that the context protects.
     """
 
     def __init__(self, context: QKDContext, **options: Any) -> None:
         self._context = context
+        self._managers: list[PoolManager] = []
         super().__init__(**options)
+        if getattr(self, "poolmanager", None) not in self._managers:
+            raise RuntimeError(str(refusal("requests")))
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        """Give the context to the pool manager; called by `HTTPAdapter`."""
+        """Have the pool manager make connections of the context; called by `HTTPAdapter`."""
         super().init_poolmanager(*args, ssl_context=self._context, **options)
-        with_qkd_info(self.poolmanager)
+        self._take(self.poolmanager)
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Give the context to a proxy's pool manager; called by `HTTPAdapter`."""
+        """Have a proxy's pool manager make connections of the context; called by `HTTPAdapter`."""
         manager = super().proxy_manager_for(proxy, ssl_context=self._context, **options)
-        with_qkd_info(manager)
+        if manager not in self._managers:
+            self._take(manager)
         return manager
 
-    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
-        """Return the address and no TLS settings, which are the context's; called by `HTTPAdapter`."""
-        host, _ = super().build_connection_pool_key_attributes(request, True, None)
-        return host, {}
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        """Return the pool for a request; called by `HTTPAdapter`."""
+        return self._checked(super().get_connection_with_tls_context(*args, **options))
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         """Keep out the CA certificates that come with `requests`; called by `HTTPAdapter`."""
+        self._checked(conn)
+
+    def _take(self, manager: PoolManager) -> None:
+        self._managers.append(hybrid_only(manager, self._context, "requests", without=TLS_SETTINGS))
+
+    def _checked(self, pool: Any) -> Any:
+        if not is_hybrid_only(pool, self._context):
+            error = refusal("requests")
+            raise requests.exceptions.SSLError(error) from error
+        return pool
 
     def send(
         self,
@@ -73,6 +92,8 @@ class QKDAdapter(HTTPAdapter):
         proxies: Any = None,
     ) -> requests.Response:
         """Send a request; called by `requests.Session`. The class lists the errors."""
+        if not (request.url or "").lower().startswith("https://"):
+            raise requests.exceptions.InvalidSchema(refusal_of_plain_http(request.url), request=request)
         if verify is not True and verify not in map(os.environ.get, _CA_BUNDLE_VARIABLES):
             raise ValueError(
                 f"verify={verify!r} has no effect on a hybrid connection: configure the context instead, with its"

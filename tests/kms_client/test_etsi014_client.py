@@ -377,7 +377,10 @@ class TestTransport:
             assert not client._https._idle
 
     def test_a_forked_child_opens_its_own_connection(self, pki: DemoPKI) -> None:
-        answers = http(200, container((ID, KEY))), http(200, container((OTHER, KEY)))
+        answers = [
+            http(200, container((key_id, KEY))).replace(b"Connection: close", b"Connection: keep-alive")
+            for key_id in (ID, OTHER)
+        ]
         with scripted(pki, *answers) as (client, _):
             client.get_keys("SAE-B")
             parents = client._https._idle[0]

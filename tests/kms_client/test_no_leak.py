@@ -181,7 +181,7 @@ def test_nothing_that_a_process_writes_has_a_key_in_it(pki: DemoPKI, tmp_path: P
     ]
     written = everything_written(pki, tmp_path, "Etsi014Client", exchanges, secrets)
     # It did show what it should.
-    for shown in (b"urllib3", b"dec_keys", IDS[0].encode(), b"<QKDKey id="):
+    for shown in (b"kms_client.https", b"dec_keys", IDS[0].encode(), b"<QKDKey id="):
         assert shown in written
     assert written.count(b"KMSProtocolError") > 20
 
@@ -225,7 +225,7 @@ def test_nor_with_skip(pki: DemoPKI, tmp_path: Path) -> None:
         (get, huge(fresh())),
     ]
     written = everything_written(pki, tmp_path, "SkipClient", exchanges, secrets)
-    for shown in (b"urllib3", b"/key/", one.encode(), b"<QKDKey id=", b"delivered before is lost"):
+    for shown in (b"kms_client.https", b"/key/", one.encode(), b"<QKDKey id=", b"delivered before is lost"):
         assert shown in written
     assert written.count(b"KMSProtocolError") > 20
 

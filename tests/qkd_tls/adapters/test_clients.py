@@ -8,6 +8,7 @@ import socketserver
 import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -81,6 +82,10 @@ class TestHTTPX:
         with serving(slow_client.server()) as port:
             asyncio.run(fetch())
 
+    def test_an_ordinary_response_has_no_info(self) -> None:
+        with pytest.raises(ValueError, match="did not come over a hybrid"):
+            httpx_info(httpx.Response(200))
+
     def test_errors_are_those_of_httpx(self, local: Lab) -> None:
         local.managers["client"].close()
 
@@ -116,44 +121,33 @@ class TestHTTPX:
             asyncio.run(fetch())
         assert [key.used for key in manager.given] == [True]
 
-    def test_other_contexts_go_through(self, local: Lab) -> None:
+    def test_other_contexts_lead_to_a_proxy_and_no_further(self, local: Lab, tmp_path: Path) -> None:
         async def handshake() -> None:
-            transport = QKDAsyncTransport(local.client())
+            transport = QKDAsyncTransport(local.client(), proxy="https://localhost")
             backend: httpcore.AsyncNetworkBackend = transport._pool._network_backend
             stream = await backend.connect_tcp("127.0.0.1", port, timeout=PATIENCE)
             assert stream.get_extra_info("ssl_object") is None
             tls = await stream.start_tls(local.stock_client(), "localhost", PATIENCE)
             assert type(tls.get_extra_info("ssl_object")) is ssl.SSLObject
-            await tls.write(b"x")
+            await tls.write(b"CONNECT x")
+            await tls.write(b"")
             assert await tls.read(10) == b""
-            await tls.aclose()
+            with pytest.raises(httpcore.ConnectError, match="not the QKDContext's"):
+                await tls.start_tls(local.stock_client(), "localhost", PATIENCE)
+            with pytest.raises(httpcore.ConnectError, match="not the QKDContext's"):
+                await tls.write(b"GET / HTTP/1.1")
             await backend.sleep(0)
             with pytest.raises(httpcore.ConnectError):
                 await backend.connect_unix_socket("/nowhere/at/all")
+            path = str(tmp_path / "socket")
+            async with await asyncio.start_unix_server(lambda _, writer: writer.close(), path):
+                stream = await backend.connect_unix_socket(path)
+                assert stream.get_extra_info("ssl_object") is None
+                await stream.aclose()
             await transport.aclose()
 
         with one_tls_connection(local.stock_server()) as port:
             asyncio.run(handshake())
-
-    def test_a_plain_request(self, local: Lab) -> None:
-        class Plain(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                while self.rfile.readline().strip():
-                    pass
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-
-        async def fetch(port: int) -> None:
-            async with httpx.AsyncClient(transport=QKDAsyncTransport(local.client())) as client:
-                response = await client.get(f"http://127.0.0.1:{port}/")
-                assert response.text == "hello"
-                with pytest.raises(ValueError, match="did not come over a hybrid"):
-                    httpx_info(response)
-
-        with socketserver.TCPServer(("127.0.0.1", 0), Plain) as server:
-            thread = threading.Thread(target=server.handle_request)
-            thread.start()
-            asyncio.run(fetch(server.server_address[1]))
-            thread.join()
 
 
 @contextlib.contextmanager
