@@ -510,8 +510,9 @@ class _Link:
         name = (self.server_hostname or self.host).partition("%")[0].rstrip(".")
         tls = self.context.wrap_socket(sock, server_hostname=name)
         try:
-            if not isinstance(tls, ssl.SSLSocket) or tls.version() is None:
-                # A context of the program's own: it may do anything.
+            # A context of the program's own may do anything. Not asked by class: programs replace `ssl.SSLSocket`.
+            version = getattr(tls, "version", None)
+            if version is None or version() is None:
                 raise KMSAuthenticationError(
                     "ssl_context has made no TLS connection: no request was sent",
                     kms=self.url,
