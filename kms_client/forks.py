@@ -2,7 +2,7 @@
 
 The parent keeps using its locks, threads and keys; the child makes its own (`forget_in_children`). A live connection
 cannot be made anew: both processes have it, and each of its directions belongs to the first that uses it
-(`share_with_children`, `Direction`).
+(`share_with_children`, `SharedDirection`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import weakref
 from typing import Final, NoReturn, Protocol
 
-__all__ = ["Claims", "Direction", "Forgetful", "Shared", "forget_in_children", "share_with_children"]
+__all__ = ["Claims", "Forgetful", "Shared", "SharedDirection", "forget_in_children", "share_with_children"]
 
 _CLAIM: Final = struct.Struct("=Q16s")
 
@@ -102,7 +102,7 @@ def _close(descriptor: int, identity: tuple[int, int]) -> None:
             os.close(descriptor)
 
 
-class Direction:
+class SharedDirection:
     """One direction of a connection; after a fork, the first process that uses it owns it."""
 
     __slots__ = ("_claim", "lost")

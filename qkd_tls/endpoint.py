@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from kms_client import KeyManager, KMSError, QKDKey, wipe_keys
-from kms_client.forks import Claims, Direction, share_with_children
+from kms_client.forks import Claims, SharedDirection, share_with_children
 from qkd_tls.certificate import certificate_dict
 from qkd_tls.engine import (
     Action,
@@ -266,8 +266,10 @@ class Endpoint:
     """A lock around each call of OpenSSL; never held while waiting."""
     _records: RecordBuffer
     """The beginning of the peer's next record, as OpenSSL would keep it; what is behind it is left to the transport."""
-    _sending: Direction
-    _receiving: Direction
+    _sending: SharedDirection
+    _receiving: SharedDirection
+    _unwrapping = False
+    """True once the program has called `unwrap`: from then on, the peer's close_notify is an error of a read."""
     _contested = False
     """True if a fork has left a direction to whichever process uses it first."""
     _locked_for_fork = False
@@ -282,7 +284,7 @@ class Endpoint:
         self._driver = driver if driver.claim() else _IN_THIS_THREAD
         self._lock = threading.Lock()
         self._records = RecordBuffer()
-        self._sending, self._receiving = Direction(), Direction()
+        self._sending, self._receiving = SharedDirection(), SharedDirection()
         self._sslobj = NotThroughTheStandardLibrary(self)
 
     def __reduce__(self) -> NoReturn:
@@ -404,13 +406,9 @@ class Endpoint:
                     raise
                 reading = True
 
-    def _at_the_end(self) -> bool:
-        """Return whether the peer's close_notify is an end; behind one's own, the standard library raises."""
-        return not self._of_tls(lambda tls: tls.close_notify_sent)
-
     # --- forks
 
-    def _use(self, *directions: Direction) -> None:
+    def _use(self, *directions: SharedDirection) -> None:
         """Own the directions of the connection from now on; raise OSError if another process does."""
         for direction in directions:
             direction.use()

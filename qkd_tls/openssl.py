@@ -60,6 +60,8 @@ DEFAULT_CIPHER_SUITES: Final[dict[KDF, tuple[str, ...]]] = {
     KDF.SHA256: ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"),
 }
 
+_from_buffer: Final = _ffi.from_buffer
+_release: Final = _ffi.release
 _MEMORY: Final = _lib.BIO_s_mem()
 _GROUP_SPELLINGS: Final = {"x25519": "X25519", "x448": "X448"}
 _TLS1_3: Final = 0x0304
@@ -70,6 +72,7 @@ _PSK_SUITE: Final = {
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
 _LONGEST_HOST_NAME: Final = 255
+_FULL_RECORD: Final = 1 << 14
 _LARGEST: Final = 0x7FFF_FFFF
 _WRITE_AT_ONCE: Final = 1 << 20
 _SCRATCH_SIZE: Final = 1 << 15
@@ -566,11 +569,18 @@ class TLSConnection(_Owner):
 
     def read_into(self, buffer: bytearray | memoryview) -> int:
         """Fill the (contiguous) buffer with at least one byte, at most a record's; return the number."""
-        with _ffi.from_buffer(buffer, require_writable=True) as target:
-            _lib.ERR_clear_error()
-            size = _lib.SSL_read(self._raw, target, min(len(buffer), _LARGEST))
+        # These lines count: each record is read by them.
+        target = (
+            _from_buffer(buffer) if type(buffer) is bytearray else _from_buffer(buffer, require_writable=True)
+        )
+        try:
+            if _lib.ERR_peek_error():
+                _lib.ERR_clear_error()
+            size = _lib.SSL_read(self._raw, target, min(len(target), _LARGEST))
             if size <= 0:
                 self._raise(size)
+        finally:
+            _release(target)
         if self.context._key_log is not None:
             _raise_kept()
         return int(size)
@@ -584,7 +594,7 @@ class TLSConnection(_Owner):
                 self._raise(result)
         return int(result)
 
-    def write_all(self, data: memoryview, start: int) -> int:
+    def write_all(self, data: bytes | memoryview, start: int) -> int:
         """Write from `start` on until the transport is full; return the position to go on from.
 
         The next call must pass the same data.
@@ -593,6 +603,13 @@ class TLSConnection(_Owner):
         """
         end = len(data)
         self.clogged = False
+        if end <= _FULL_RECORD and type(data) is bytes and not start:
+            if _lib.ERR_peek_error():
+                _lib.ERR_clear_error()
+            result = _lib.SSL_write(self._raw, data, end)
+            if result <= 0:
+                self._raise(result)
+            return int(result)
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()
             position = start
@@ -625,11 +642,6 @@ class TLSConnection(_Owner):
     def close_notify_received(self) -> bool:
         """True if the peer has closed its direction."""
         return bool(_lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN)
-
-    @property
-    def close_notify_sent(self) -> bool:
-        """True if this side has closed its direction."""
-        return bool(_lib.SSL_get_shutdown(self._raw) & SSL.SENT_SHUTDOWN)
 
     # --- errors
 

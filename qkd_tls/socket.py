@@ -17,11 +17,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Self, TypeVar
 
-from kms_client.forks import Claims, Direction
+from kms_client.forks import Claims, SharedDirection
 from qkd_tls.endpoint import Endpoint, EndpointContext, EndpointEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
@@ -136,7 +136,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         operation: Callable[[TLSConnection], _T],
         deadline: float | None,
         what: str,
-        *directions: Direction,
+        *directions: SharedDirection,
     ) -> _T:
         """Run a TLS operation until it succeeds, waiting for the socket in between."""
         while True:
@@ -161,7 +161,10 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             self._wait(event, deadline, what)
 
     def _contested_operation(
-        self, tls: TLSConnection, operation: Callable[[TLSConnection], _T], directions: tuple[Direction, ...]
+        self,
+        tls: TLSConnection,
+        operation: Callable[[TLSConnection], _T],
+        directions: tuple[SharedDirection, ...],
     ) -> _T:
         """Run a TLS operation after a fork, if this process may.
 
@@ -198,18 +201,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                     raise
             self._wait(event, deadline, what)
 
-    @contextlib.contextmanager
-    def _turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> Iterator[None]:
-        """Hold the lock for the block, after waiting for other threads within the deadline."""
-        if not lock.acquire(blocking=False):
-            if self._timeout == 0.0:
-                raise _want(want)
-            if not lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-                raise _timed_out(what)
-        try:
-            yield
-        finally:
-            lock.release()
+    def _wait_for_turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> None:
+        """Acquire the lock, after waiting for other threads within the deadline."""
+        if lock.acquire(blocking=False):
+            return
+        if self._timeout == 0.0:
+            raise _want(want)
+        if not lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise _timed_out(what)
 
     def _wait(self, event: int, deadline: float | None, what: str) -> None:
         descriptor = self.fileno()
@@ -226,7 +225,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, unless done already; ask the key manager in this thread."""
-        with self._turn(self._handshaking, _READ, self._deadline(), "handshake"):
+        self._wait_for_turn(self._handshaking, _READ, self._deadline(), "handshake")
+        try:
             if not self._connected:
                 # Raises where there is no connection; a non-blocking one may have come about since `connect`.
                 self.getpeername()
@@ -236,6 +236,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                 self._shake_hands(self._deadline())
             finally:
                 self._timeout = saved
+        finally:
+            self._handshaking.release()
 
     def _shake_hands(self, deadline: float | None) -> None:
         # Kept here, for another thread may close the socket meanwhile.
@@ -367,18 +369,29 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
-        target = memoryview(buffer).cast("B")
+        # A view costs as much as a third of the rest.
+        target = buffer if type(buffer) is bytearray and not nbytes else memoryview(buffer).cast("B")
         if nbytes:
             target = target[:nbytes]
         if not len(target):
             return 0
-        self._ready()
         try:
-            return self._pump(lambda tls: tls.read_into(target), self._deadline(), "read", self._receiving)
+            try:
+                with self._lock:
+                    tls = self._tls
+                    if tls is not None and tls.attached and not (self._contested or self._unsent):
+                        return tls.read_into(target)
+                deadline = self._deadline()
+            except ssl.SSLWantReadError:
+                deadline = self._deadline()
+                if self._timeout != 0.0:
+                    self._wait(_READ, deadline, "read")
+            self._ready()
+            return self._pump(lambda tls: tls.read_into(target), deadline, "read", self._receiving)
         except ssl.SSLZeroReturnError:
-            if self._at_the_end():
-                return 0
-            raise
+            if self._unwrapping:
+                raise
+            return 0
         except ssl.SSLEOFError:
             if self.suppress_ragged_eofs:
                 return 0
@@ -403,26 +416,40 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if self._plain:
             return self._plainly(lambda: Socket.send(self, data, flags), _WRITE, "send")
         _no_flags(flags, "send")
-        view = memoryview(data).cast("B")
-        self._ready()
-        return self._write(view, self._deadline(), whole=False)
+        return self._write(data, whole=False)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send everything, within one timeout."""
-        view = memoryview(data).cast("B")
         if self._plain:
+            view = memoryview(data).cast("B")
             sent = 0
             while sent < len(view):
                 sent += self.send(view[sent:], flags)
             return
         _no_flags(flags, "sendall")
-        self._ready()
-        self._write(view, self._deadline(), whole=True)
+        self._write(data, whole=True)
 
-    def _write(self, view: memoryview, deadline: float | None, *, whole: bool) -> int:
-        sent = 0
-        with self._turn(self._writing, _WRITE, deadline, "write"):
-            while sent < len(view):
+    def _write(self, data: Any, *, whole: bool) -> int:
+        view = data if type(data) is bytes else memoryview(data).cast("B")
+        if self._info is None or self._unsent:
+            self._ready()
+        size, sent, deadline = len(view), 0, self._deadline()
+        if not self._writing.acquire(blocking=False):
+            self._wait_for_turn(self._writing, _WRITE, deadline, "write")
+        try:
+            try:
+                with self._lock:
+                    tls = self._tls
+                    if size and tls is not None and tls.attached and not (self._contested or self._unsent):
+                        sent = tls.write_all(view, 0)
+                        if sent == size:
+                            return size
+            except ssl.SSLWantWriteError:
+                if self._timeout != 0.0:
+                    self._wait(_WRITE, deadline, "write")
+            while sent < size:
+                if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
+                    self._wait(_WRITE, deadline, "write")
                 write = partial(TLSConnection.write_all, data=view, start=sent)
                 try:
                     sent = self._pump(write, deadline, "write", self._sending)
@@ -430,8 +457,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                     if whole or not sent:
                         raise
                     break
-                if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
-                    self._wait(_WRITE, deadline, "write")
+        finally:
+            self._writing.release()
         return sent
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -456,6 +483,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         self._ready()
         deadline = self._deadline()
         both = self._sending, self._receiving
+        self._unwrapping = True
         # Ours goes out first. The second call waits for the peer's.
         if not self._pump(lambda tls: tls.shutdown(), deadline, "unwrap", *both):
             self._pump(lambda tls: tls.shutdown(), deadline, "unwrap", *both)

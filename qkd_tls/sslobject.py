@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
-from kms_client.forks import Direction
+from kms_client.forks import SharedDirection
 from qkd_tls.endpoint import Endpoint, EndpointContext
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
@@ -100,7 +100,7 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
 
     # --- data: the one place where TLS is called
 
-    def _pump(self, operation: Callable[[TLSConnection], _T], *directions: Direction) -> _T:
+    def _pump(self, operation: Callable[[TLSConnection], _T], *directions: SharedDirection) -> _T:
         if self._tls is None:
             # As OpenSSL does where a program reads or writes first.
             self.do_handshake()
@@ -137,9 +137,9 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         try:
             return self._pump(lambda tls: tls.read_into(target), self._receiving)
         except ssl.SSLZeroReturnError:
-            if self._at_the_end():
-                return 0
-            raise
+            if self._unwrapping:
+                raise
+            return 0
 
     def write(self, data: Any) -> int:
         """Encrypt all of it; return its size in bytes."""
@@ -165,5 +165,6 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
                 ssl.SSLError,
                 "no close_notify after a fork: another process may go on with this connection, and this one has not",
             )
+        self._unwrapping = True
         if not self._pump(lambda tls: tls.shutdown()):
             self._pump(lambda tls: tls.shutdown(), self._receiving)

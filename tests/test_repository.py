@@ -127,7 +127,10 @@ def sorting_key(name: str) -> tuple[int, str]:
 
 def definitions(tree: ast.Module) -> set[str]:
     names = set()
-    for node in tree.body:
+    for node in [
+        *tree.body,
+        *(node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body),
+    ]:
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 names.add(name)

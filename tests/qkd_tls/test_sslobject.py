@@ -21,7 +21,7 @@ from qkd_tls import (
     QKDKeyMismatch,
     QKDUnavailable,
 )
-from qkd_tls.endpoint import Driver, KeysWanted, driver_in_charge
+from qkd_tls.endpoint import HoldingDriver, KeysWanted, driver_in_charge
 from qkd_tls.sslobject import QKDObject
 from tests.support import objects
 from tests.support.objects import Side, carry, shake_hands, sides
@@ -378,10 +378,7 @@ class TestHandshake:
         """As `qkd_tls.aio` does it."""
         asked = []
 
-        class Asking(Driver):
-            def begin(self, engine: Any) -> None:
-                self.engine = engine
-
+        class Asking(HoldingDriver):
             def fetch(self, request: Any, manager: Any) -> Any:
                 asked.append(request)
                 raise KeysWanted(request)
@@ -394,7 +391,7 @@ class TestHandshake:
         with pytest.raises(KeysWanted, match="waiting for the KMS"):
             shake_hands_until_asked(client, server)
         assert len(asked) == 1
-        driver.engine.keys(KMSUnavailable("it burns", kms="KME", peer="SAE-B"))
+        assert driver.deliver(KMSUnavailable("it burns", kms="KME", peer="SAE-B"))
         with pytest.raises(QKDUnavailable, match="it burns"):
             client.tls.do_handshake()
 
