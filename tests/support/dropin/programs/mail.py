@@ -8,7 +8,7 @@ import contextlib
 import imaplib
 import smtplib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 import aiosmtplib
@@ -151,16 +151,30 @@ class AIOSMTPLib(SMTPClient):
         return self.run(self._noop(port, timeout))
 
     async def _noop(self, port: int, timeout: float) -> int:
-        async with self.aio_client(port, timeout) as client:
+        async with self.closing(self.aio_client(port, timeout)) as client:
             assert client.transport is not None
             self.ends.note(client.transport.get_extra_info("ssl_object"))
             return (await client.noop()).code
+
+    @contextlib.asynccontextmanager
+    async def closing(self, client: aiosmtplib.SMTP) -> AsyncIterator[aiosmtplib.SMTP]:
+        """Wait for what the client only begins: its transport says close_notify, and closes later."""
+        sock = None
+        try:
+            async with client:
+                assert client.transport is not None
+                sock = client.transport.get_extra_info("socket")
+                yield client
+        finally:
+            async with asyncio.timeout(PATIENCE):
+                while sock is not None and sock.fileno() >= 0:
+                    await asyncio.sleep(0.001)
 
     def send(self, message: bytes) -> None:
         self.run(self._send(message))
 
     async def _send(self, message: bytes) -> None:
-        async with self.aio_client(self.port, PATIENCE) as client:
+        async with self.closing(self.aio_client(self.port, PATIENCE)) as client:
             await client.sendmail("a@example.org", ["b@example.org"], message)
 
     def aio_client(self, port: int, timeout: float) -> aiosmtplib.SMTP:
