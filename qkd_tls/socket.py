@@ -225,6 +225,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, unless done already; ask the key manager in this thread."""
+        if self._info is not None and self._tls is None and not self._plain:
+            raise OSError(9, "Bad file descriptor: the connection has been closed")
         self._wait_for_turn(self._handshaking, _READ, self._deadline(), "handshake")
         try:
             if not self._connected:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import qkd_tls
@@ -243,6 +243,7 @@ HOSTS = st.one_of(
 
 
 @pytest.mark.filterwarnings("ignore::qkd_tls.ClassicalGroupWarning")
+@settings(max_examples=100)
 @example(name="localhost.", check=True)
 @example(name="server.example:443", check=True)
 @example(name="[::1]", check=True)
