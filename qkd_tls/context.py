@@ -370,10 +370,10 @@ class QKDContext(SSLContext):
             return None
         if self.check_hostname and not text:
             raise ValueError("check_hostname requires server_hostname")
-        if not text or text.startswith("."):
-            raise ValueError("server_hostname cannot be an empty string or start with a leading dot.")
         if "\0" in text:
             raise TypeError("server_hostname must not contain null characters")
+        if not text or text.startswith("."):
+            raise ValueError("server_hostname cannot be an empty string or start with a leading dot.")
         return text
 
     def wrap_socket(  # type: ignore[override]
