@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import re
-import select
 import socket
 import ssl
 import time
@@ -37,6 +36,7 @@ from kms_client.errors import (
 )
 from kms_client.forks import forget_in_children
 from kms_client.secure_site import SecureSite, has_ml_kem
+from kms_client.waiting import READ, is_ready
 
 __all__ = ["Answer", "HTTPSClient", "WrapsSockets"]
 
@@ -410,9 +410,7 @@ class _Connection:
 
     def is_quiet(self) -> bool:
         """Return True unless something has come since the last answer: as a rule, the end of the connection."""
-        poll = select.poll()
-        poll.register(self.tls, select.POLLIN)
-        return not poll.poll(0)
+        return not is_ready(self.tls.fileno(), READ, 0)
 
     def close(self) -> None:
         # What is sent at the end may find the KME gone.

@@ -365,7 +365,7 @@ class Endpoint:
                 stacklevel=_outside(),
             )
 
-    def _give_up(self, engine: EndpointEngine, error: BaseException) -> bytes:
+    def _give_up(self, engine: EndpointEngine, error: BaseException | None = None) -> bytes:
         """Let go of a handshake that has failed, and of all its secrets; return the last words for the peer."""
         engine.abort()
         last_words = engine.data_to_send()
@@ -379,7 +379,7 @@ class Endpoint:
     def give_up(self) -> None:
         """End the handshake for good, if it lasts, and wipe its secrets; called by its driver."""
         if self._engine is not None:
-            self._give_up(self._engine, ssl_error(ssl.SSLError, "the handshake was given up"))
+            self._give_up(self._engine)
 
     def _raise_failure(self) -> None:
         """Raise the error that the handshake has failed with, if it has."""

@@ -585,13 +585,13 @@ class TLSConnection(_Owner):
             _raise_kept()
         return int(size)
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
+    def write(self, data: bytes) -> int:
         """Write at least one byte of non-empty data; return the number. After a want, repeat the data."""
-        with _ffi.from_buffer(data) as source:
+        if _lib.ERR_peek_error():
             _lib.ERR_clear_error()
-            result = _lib.SSL_write(self._raw, source, min(len(data), _LARGEST))
-            if result <= 0:
-                self._raise(result)
+        result = _lib.SSL_write(self._raw, data, min(len(data), _LARGEST))
+        if result <= 0:
+            self._raise(result)
         return int(result)
 
     def write_all(self, data: bytes | memoryview, start: int) -> int:
@@ -604,12 +604,7 @@ class TLSConnection(_Owner):
         end = len(data)
         self.clogged = False
         if end <= _FULL_RECORD and type(data) is bytes and not start:
-            if _lib.ERR_peek_error():
-                _lib.ERR_clear_error()
-            result = _lib.SSL_write(self._raw, data, end)
-            if result <= 0:
-                self._raise(result)
-            return int(result)
+            return self.write(data)
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()
             position = start

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 import ssl
 import threading
@@ -22,6 +21,7 @@ from functools import partial
 from typing import Any, Final, NoReturn, Self, TypeVar
 
 from kms_client.forks import Claims, SharedDirection
+from kms_client.waiting import READ, WRITE, is_ready
 from qkd_tls.endpoint import Endpoint, EndpointContext, EndpointEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
@@ -31,9 +31,6 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
-_READ: Final = 0x1
-_WRITE: Final = 0x4
-"""The events of `poll`, which a program may take away."""
 
 
 class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
@@ -150,14 +147,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             except ssl.SSLWantReadError:
                 if self._timeout == 0.0:
                     # OpenSSL returns after each ticket or KeyUpdate; the caller should not have to ask again.
-                    if _is_ready(self.fileno(), _READ, 0):
+                    if is_ready(self.fileno(), READ, 0):
                         continue
                     raise
-                event = _READ
+                event = READ
             except ssl.SSLWantWriteError:
                 if self._timeout == 0.0:
                     raise
-                event = _WRITE
+                event = WRITE
             self._wait(event, deadline, what)
 
     def _contested_operation(
@@ -202,7 +199,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             self._wait(event, deadline, what)
 
     def _wait_for_turn(self, lock: threading.Lock, want: int, deadline: float | None, what: str) -> None:
-        """Acquire the lock, after waiting for other threads within the deadline."""
+        """Acquire the lock, if need be after waiting for other threads within the deadline."""
         if lock.acquire(blocking=False):
             return
         if self._timeout == 0.0:
@@ -215,7 +212,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if descriptor < 0:
             raise OSError(9, "Bad file descriptor: the connection has been closed")
         remaining = None if deadline is None else deadline - time.monotonic()
-        if (remaining is not None and remaining <= 0) or not _is_ready(descriptor, event, remaining):
+        if (remaining is not None and remaining <= 0) or not is_ready(descriptor, event, remaining):
             raise _timed_out(what)
 
     def _deadline(self) -> float | None:
@@ -227,7 +224,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         """Shake hands, unless done already; ask the key manager in this thread."""
         if self._info is not None and self._tls is None and not self._plain:
             raise OSError(9, "Bad file descriptor: the connection has been closed")
-        self._wait_for_turn(self._handshaking, _READ, self._deadline(), "handshake")
+        self._wait_for_turn(self._handshaking, READ, self._deadline(), "handshake")
         try:
             if not self._connected:
                 # Raises where there is no connection; a non-blocking one may have come about since `connect`.
@@ -251,11 +248,11 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                 except ssl.SSLWantReadError:
                     if self._timeout == 0.0:
                         raise
-                    self._wait(_READ, deadline, "handshake")
+                    self._wait(READ, deadline, "handshake")
                 except ssl.SSLWantWriteError:
                     if self._timeout == 0.0:
                         raise
-                    self._wait(_WRITE, deadline, "handshake")
+                    self._wait(WRITE, deadline, "handshake")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except BaseException as error:
@@ -286,14 +283,14 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         try:
             return Socket.recv(self, size)
         except BlockingIOError:
-            raise _want(_READ) from None
+            raise _want(READ) from None
 
     def _flush(self) -> None:
         while self._unsent:
             try:
                 sent = Socket.send(self, self._unsent)
             except BlockingIOError:
-                raise _want(_WRITE) from None
+                raise _want(WRITE) from None
             del self._unsent[:sent]
 
     def _take_over(self, tls: TLSConnection) -> None:
@@ -354,7 +351,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Return at least one byte, at most `buflen` or a record's; no bytes at the end of the stream."""
         if self._plain:
-            return self._plainly(lambda: Socket.recv(self, buflen, flags), _READ, "recv")
+            return self._plainly(lambda: Socket.recv(self, buflen, flags), READ, "recv")
         _no_flags(flags, "recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
@@ -366,7 +363,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
         if self._plain:
             return self._plainly(
-                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), _READ, "recv_into"
+                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), READ, "recv_into"
             )
         _no_flags(flags, "recv_into")
         if nbytes is not None and nbytes < 0:
@@ -387,7 +384,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             except ssl.SSLWantReadError:
                 deadline = self._deadline()
                 if self._timeout != 0.0:
-                    self._wait(_READ, deadline, "read")
+                    self._wait(READ, deadline, "read")
             self._ready()
             return self._pump(lambda tls: tls.read_into(target), deadline, "read", self._receiving)
         except ssl.SSLZeroReturnError:
@@ -416,7 +413,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         If the timeout is 0, only as much as the transport takes at once, at least one byte.
         """
         if self._plain:
-            return self._plainly(lambda: Socket.send(self, data, flags), _WRITE, "send")
+            return self._plainly(lambda: Socket.send(self, data, flags), WRITE, "send")
         _no_flags(flags, "send")
         return self._write(data, whole=False)
 
@@ -433,11 +430,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
 
     def _write(self, data: Any, *, whole: bool) -> int:
         view = data if type(data) is bytes else memoryview(data).cast("B")
-        if self._info is None or self._unsent:
-            self._ready()
+        self._ready()
         size, sent, deadline = len(view), 0, self._deadline()
-        if not self._writing.acquire(blocking=False):
-            self._wait_for_turn(self._writing, _WRITE, deadline, "write")
+        self._wait_for_turn(self._writing, WRITE, deadline, "write")
         try:
             try:
                 with self._lock:
@@ -448,10 +443,10 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                             return size
             except ssl.SSLWantWriteError:
                 if self._timeout != 0.0:
-                    self._wait(_WRITE, deadline, "write")
+                    self._wait(WRITE, deadline, "write")
             while sent < size:
                 if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
-                    self._wait(_WRITE, deadline, "write")
+                    self._wait(WRITE, deadline, "write")
                 write = partial(TLSConnection.write_all, data=view, start=sent)
                 try:
                     sent = self._pump(write, deadline, "write", self._sending)
@@ -580,7 +575,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             raise ValueError("attempt to connect already-connected QKDSocket!")
         error = Socket.connect_ex(self, address)
         if error == errno.EINPROGRESS and self._timeout != 0.0:
-            self._wait(_WRITE, self._deadline(), "connect")
+            self._wait(WRITE, self._deadline(), "connect")
             error = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return error
@@ -601,7 +596,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def accept(self) -> tuple[QKDSocket, Any]:
         """Accept a connection; the handshake is done here unless do_handshake_on_connect is off."""
         accept: Callable[[], tuple[int, Any]] = super()._accept  # type: ignore[misc]
-        descriptor, address = self._plainly(accept, _READ, "accept")
+        descriptor, address = self._plainly(accept, READ, "accept")
         plain = Socket(self.family, self.type, self.proto, descriptor)
         if socket.getdefaulttimeout() is None:
             plain.setblocking(True)
@@ -655,17 +650,6 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         raise NotImplementedError("Can't dup() QKDSocket instances")
 
 
-def _is_ready(descriptor: int, event: int, seconds: float | None) -> bool:
-    """Wait until the descriptor can be read or written, with whatever function a program has put in place."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(descriptor, event)
-        return bool(poll.poll(None if seconds is None else seconds * 1000))
-    # eventlet takes `poll` away.
-    reading, writing = ([descriptor], []) if event == _READ else ([], [descriptor])
-    return any(select.select(reading, writing, [], seconds))
-
-
 def _peer_port(sock: socket.socket) -> int | None:
     """Return the peer's TCP port; None before connecting, and for other kinds of address."""
     try:
@@ -676,7 +660,7 @@ def _peer_port(sock: socket.socket) -> int | None:
 
 
 def _want(event: int) -> ssl.SSLError:
-    if event == _READ:
+    if event == READ:
         return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
     return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
 
