@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Literal, Self, TypeAlias, TypeVar
 
 from kms_client import Etsi014Client
 from kms_client.emulator import RunningPair
@@ -34,6 +34,7 @@ __all__ = [
     "LIMIT",
     "PATIENCE",
     "PAYLOAD",
+    "BrokenOff",
     "Ends",
     "Notes",
     "Outcome",
@@ -229,6 +230,10 @@ def _end_tcp(sock: Any) -> None:
 # --- a program, and what came out
 
 
+BrokenOff: TypeAlias = Literal["silent", "end", "cut"]
+"""How a peer breaks off its answer."""
+
+
 class Program:
     """One program in one role, started for one run. Subclasses say what each column means for it.
 
@@ -296,12 +301,16 @@ class Program:
         raise NotImplementedError
 
     def timeout(self) -> object:
-        raise NotImplementedError
+        return self.broken_off("silent", LIMIT)
 
     def eof(self) -> object:
-        raise NotImplementedError
+        return self.broken_off("end")
 
     def truncation(self) -> object:
+        return self.broken_off("cut")
+
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        """Ask the peer, which falls `silent` in the middle of its answer, makes an `end` of it, or is `cut` off."""
         raise NotImplementedError
 
 

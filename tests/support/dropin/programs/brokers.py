@@ -25,6 +25,7 @@ from tests.support.dropin.harness import (
     LIMIT,
     PATIENCE,
     PAYLOAD,
+    BrokenOff,
     Program,
     digest,
     drain,
@@ -226,14 +227,8 @@ class AMQPClient(Program):
     def down(self) -> object:
         return digest(self.get("payload")) == DIGEST
 
-    def timeout(self) -> object:
-        return self.get("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.get("end")
-
-    def truncation(self) -> object:
-        return self.get("cut")
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        return self.get(how, timeout)
 
 
 class Pika(AMQPClient):

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import asyncpg  # type: ignore[import-untyped]
 import pymysql  # type: ignore[import-untyped]
@@ -16,9 +16,9 @@ from tests.support.dropin.fronts import Front
 from tests.support.dropin.harness import (
     DIGEST,
     HALF,
-    LIMIT,
     PATIENCE,
     PAYLOAD,
+    BrokenOff,
     Program,
     digest,
     drain,
@@ -86,7 +86,7 @@ class AsyncPG(Program):
         async with self.session() as connection:
             return digest(await connection.fetchval("SELECT data FROM payload")) == DIGEST
 
-    async def interrupted(self, how: Literal["silent", "end", "cut"], timeout: float = PATIENCE) -> Any:
+    async def interrupted(self, how: BrokenOff, timeout: float = PATIENCE) -> Any:
         async with self.session(timeout) as connection:
             self.front.do_instead_of_an_answer(how)
             return await connection.fetchval("SELECT 1")
@@ -100,14 +100,8 @@ class AsyncPG(Program):
     def down(self) -> object:
         return self.run(self.select())
 
-    def timeout(self) -> object:
-        return self.run(self.interrupted("silent", LIMIT))
-
-    def eof(self) -> object:
-        return self.run(self.interrupted("end"))
-
-    def truncation(self) -> object:
-        return self.run(self.interrupted("cut"))
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        return self.run(self.interrupted(how, timeout))
 
 
 # --- MySQL
@@ -226,14 +220,8 @@ class PyMySQL(Program):
     def down(self) -> object:
         return digest(self.select("payload")) == DIGEST
 
-    def timeout(self) -> object:
-        return self.select("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.select("end")
-
-    def truncation(self) -> object:
-        return self.select("cut")
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        return self.select(how, timeout)
 
 
 PROGRAMS: list[type[Program]] = [AsyncPG, PyMySQL]

@@ -10,7 +10,7 @@ import dns.message
 import dns.query
 import dns.rrset
 
-from tests.support.dropin.harness import HALF, LIMIT, PATIENCE, Program, drain, end_cleanly, truncate
+from tests.support.dropin.harness import HALF, PATIENCE, BrokenOff, Program, drain, end_cleanly, truncate
 
 __all__ = ["PROGRAMS"]
 
@@ -64,14 +64,8 @@ class DNSOverTLS(Program):
     def down(self) -> object:
         return "none"
 
-    def timeout(self) -> object:
-        return self.ask("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.ask("end")
-
-    def truncation(self) -> object:
-        return self.ask("cut")
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        return self.ask(how, timeout)
 
 
 PROGRAMS: list[type[Program]] = [DNSOverTLS]

@@ -16,7 +16,16 @@ from typing import Any, ClassVar
 
 from OpenSSL import SSL
 
-from tests.support.dropin.harness import HALF, LIMIT, PATIENCE, PAYLOAD, Program, drain, end_cleanly, truncate
+from tests.support.dropin.harness import (
+    HALF,
+    PATIENCE,
+    PAYLOAD,
+    BrokenOff,
+    Program,
+    drain,
+    end_cleanly,
+    truncate,
+)
 
 with warnings.catch_warnings():
     # It imports asyncore, which Python 3.12 does not have.
@@ -171,7 +180,7 @@ class FTPClient(Program):
             client.retrbinary("RETR down", received.write)
         return received.getvalue() == PAYLOAD
 
-    def scripted(self, end: str, timeout: float = PATIENCE) -> object:
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
         """What a client makes of a server that does not answer NOOP in full."""
 
         def serve(raw: Any) -> None:
@@ -181,21 +190,12 @@ class FTPClient(Program):
             with self.ends.accept(raw) as tls:
                 tls.recv(100)
                 tls.sendall(b"200-" + HALF)
-                {"silent": drain, "end": end_cleanly, "cut": truncate}[end](tls)
+                {"silent": drain, "end": end_cleanly, "cut": truncate}[how](tls)
 
         with contextlib.closing(ftplib.FTP_TLS(context=self.ends.client, timeout=timeout)) as client:
             client.connect("localhost", self.peer(serve))
             client.auth()
             return client.voidcmd("NOOP")
-
-    def timeout(self) -> object:
-        return self.scripted("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.scripted("end")
-
-    def truncation(self) -> object:
-        return self.scripted("cut")
 
 
 PROGRAMS: list[type[Program]] = [FTPClient]

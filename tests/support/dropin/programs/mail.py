@@ -17,9 +17,9 @@ from aiosmtpd.smtp import SMTP
 
 from tests.support.dropin.harness import (
     HALF,
-    LIMIT,
     PATIENCE,
     PAYLOAD,
+    BrokenOff,
     Program,
     digest,
     drain,
@@ -106,7 +106,7 @@ class SMTPClient(Program):
     def down(self) -> object:
         return "none"
 
-    def scripted(self, end: str, timeout: float = PATIENCE) -> object:
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
         """What a client makes of a server that does not answer NOOP in full."""
 
         def serve(raw: socket.socket) -> None:
@@ -122,18 +122,9 @@ class SMTPClient(Program):
             with tls:
                 tls.recv(100)
                 tls.sendall(b"250-" + HALF)
-                _BREAKS[end](tls)
+                _BREAKS[how](tls)
 
         return self.noop(self.peer(serve), timeout)
-
-    def timeout(self) -> object:
-        return self.scripted("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.scripted("end")
-
-    def truncation(self) -> object:
-        return self.scripted("cut")
 
 
 class SMTPStartTLS(SMTPClient):
@@ -273,14 +264,8 @@ class IMAPClient(Program):
             answer: Any = client.fetch("1", "(RFC822)")
             return bool(answer[1][0][1] == MESSAGE)
 
-    def timeout(self) -> object:
-        return str(self.client("silent", LIMIT))
-
-    def eof(self) -> object:
-        return str(self.client("end"))
-
-    def truncation(self) -> object:
-        return str(self.client("cut"))
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        return str(self.client(how, timeout))
 
 
 class IMAPStartTLS(IMAPClient):
@@ -328,18 +313,9 @@ class IMAPClientPackage(IMAPClient):
             client.select_folder("INBOX")
             return bool(client.fetch([1], ["RFC822"])[1][b"RFC822"] == MESSAGE)
 
-    def interrupted(self, user: str, timeout: float = PATIENCE) -> object:
-        with self.session(user, timeout):
+    def broken_off(self, how: BrokenOff, timeout: float = PATIENCE) -> object:
+        with self.session(how, timeout):
             return "answered"
-
-    def timeout(self) -> object:
-        return self.interrupted("silent", LIMIT)
-
-    def eof(self) -> object:
-        return self.interrupted("end")
-
-    def truncation(self) -> object:
-        return self.interrupted("cut")
 
 
 class IMAPClientPackageStartTLS(IMAPClientPackage):
