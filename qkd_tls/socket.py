@@ -355,6 +355,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         _no_flags(flags, "recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
+        if not buflen:
+            return b""
         buffer = bytearray(min(buflen, 1 << 24))
         size = self.recv_into(buffer)
         return bytes(memoryview(buffer)[:size])
@@ -373,7 +375,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if nbytes:
             target = target[:nbytes]
         if not len(target):
-            return 0
+            # Once closed, the standard library asks the socket itself, for more than the buffer holds.
+            closed = self._engine is None and self._tls is None and self._failure is None
+            return Socket.recv_into(self, buffer, nbytes or 1024) if closed else 0
         try:
             try:
                 with self._lock:
@@ -415,6 +419,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if self._plain:
             return self._plainly(lambda: Socket.send(self, data, flags), WRITE, "send")
         _no_flags(flags, "send")
+        if (self._unwrapping or self._tls is None) and self._info and not memoryview(data).nbytes:
+            # Behind close_notify, and once closed, not even nothing can be sent.
+            return self._pump(lambda tls: tls.write(b""), self._deadline(), "write", self._sending)
         return self._write(data, whole=False)
 
     def sendall(self, data: Any, flags: int = 0) -> None:

@@ -175,9 +175,10 @@ def test_no_door_is_forgotten() -> None:
     """All functions of `ssl` and `_ssl` that take a context, or make a connection of one."""
     found = set()
     for module in (ssl, _ssl):
-        for name, thing in vars(module).items():
+        # Copies: to look at a class may add to it.
+        for name, thing in list(vars(module).items()):
             if inspect.isclass(thing) and thing.__module__ in ("ssl", "_ssl"):
-                for attribute in vars(thing):
+                for attribute in list(vars(thing)):
                     member = getattr(thing, attribute)
                     if callable(member) and ("wrap" in attribute or _takes_a_context(member)):
                         found.add(f"{thing.__name__}.{attribute}")
