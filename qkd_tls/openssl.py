@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 import cryptography
 import OpenSSL
@@ -60,8 +60,13 @@ DEFAULT_CIPHER_SUITES: Final[dict[KDF, tuple[str, ...]]] = {
     KDF.SHA256: ("TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_256_GCM_SHA384"),
 }
 
+# Looked up once: each record goes through them.
 _from_buffer: Final = _ffi.from_buffer
 _release: Final = _ffi.release
+_peek_error: Final = _lib.ERR_peek_error
+_read: Final = _lib.SSL_read
+_write: Final = _lib.SSL_write
+
 _MEMORY: Final = _lib.BIO_s_mem()
 _GROUP_SPELLINGS: Final = {"x25519": "X25519", "x448": "X448"}
 _TLS1_3: Final = 0x0304
@@ -125,14 +130,14 @@ class _Owner:
 
     _raw: Any
     _free: ClassVar[Any]
+    _freed: ClassVar[type[_Owner]]
+    """The class of owners whose object has been freed."""
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Refuse what is gone; found instead of an attribute that `__del__` has taken away."""
-            if name in ("_raw", "_incoming", "_outgoing"):
-                raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: OpenSSL's object has been freed")
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    def __init_subclass__(cls) -> None:
+        """Give each class its twin for what has been freed."""
+        if "__getattr__" not in vars(cls):
+            # Not `__getattr__` of the class itself, which would make each of its attributes three times as slow.
+            cls._freed = type(cls.__name__, (cls,), {"__getattr__": _refuse_freed, "__module__": __name__})
 
     def __del__(self) -> None:
         """Free the object. The collector may call this before others stop using it."""
@@ -140,8 +145,16 @@ class _Owner:
         # What it owns is freed with it.
         self.__dict__.pop("_incoming", None)
         self.__dict__.pop("_outgoing", None)
+        self.__class__ = self._freed
         if raw is not None:
             self._free(raw)
+
+
+def _refuse_freed(owner: _Owner, name: str) -> NoReturn:
+    """Refuse what is gone; found instead of an attribute that `__del__` has taken away."""
+    if name in ("_raw", "_incoming", "_outgoing"):
+        raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: OpenSSL's object has been freed")
+    raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
 
 
 class PrivateKey(_Owner):
@@ -574,25 +587,26 @@ class TLSConnection(_Owner):
             _from_buffer(buffer) if type(buffer) is bytearray else _from_buffer(buffer, require_writable=True)
         )
         try:
-            if _lib.ERR_peek_error():
+            if _peek_error():
                 _lib.ERR_clear_error()
-            size = _lib.SSL_read(self._raw, target, min(len(target), _LARGEST))
+            room = len(target)
+            size: int = _read(self._raw, target, room if room < _LARGEST else _LARGEST)
             if size <= 0:
                 self._raise(size)
         finally:
             _release(target)
         if self.context._key_log is not None:
             _raise_kept()
-        return int(size)
+        return size
 
     def write(self, data: bytes) -> int:
-        """Write at least one byte of non-empty data; return the number. After a want, repeat the data."""
-        if _lib.ERR_peek_error():
+        """Write at least one byte of at most 16,384; return the number. After a want, repeat the data."""
+        if _peek_error():
             _lib.ERR_clear_error()
-        result = _lib.SSL_write(self._raw, data, min(len(data), _LARGEST))
+        result: int = _write(self._raw, data, len(data))
         if result <= 0:
             self._raise(result)
-        return int(result)
+        return result
 
     def write_all(self, data: bytes | memoryview, start: int) -> int:
         """Write from `start` on until the transport is full; return the position to go on from.
@@ -610,7 +624,7 @@ class TLSConnection(_Owner):
             position = start
             # Not too long at a time: a thread that wants to read has to wait for it.
             while position < min(end, start + _WRITE_AT_ONCE):
-                result = _lib.SSL_write(self._raw, source + position, min(end - position, _LARGEST))
+                result = _write(self._raw, source + position, min(end - position, _LARGEST))
                 if result > 0:
                     position += result
                 elif position > start and _lib.SSL_get_error(self._raw, result) == _lib.SSL_ERROR_WANT_WRITE:

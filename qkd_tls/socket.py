@@ -31,6 +31,7 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
+_FULL_RECORD: Final = 1 << 14
 
 
 class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
@@ -352,12 +353,13 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         """Return at least one byte, at most `buflen` or a record's; no bytes at the end of the stream."""
         if self._plain:
             return self._plainly(lambda: Socket.recv(self, buflen, flags), READ, "recv")
-        _no_flags(flags, "recv")
+        if flags:
+            _refuse_flags("recv")
         if buflen < 0:
             raise ValueError("negative buffersize in recv")
         if not buflen:
             return b""
-        buffer = bytearray(min(buflen, 1 << 24))
+        buffer = bytearray(min(buflen, _FULL_RECORD))
         size = self.recv_into(buffer)
         return bytes(memoryview(buffer)[:size])
 
@@ -367,7 +369,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             return self._plainly(
                 lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), READ, "recv_into"
             )
-        _no_flags(flags, "recv_into")
+        if flags:
+            _refuse_flags("recv_into")
         if nbytes is not None and nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
         # A view costs as much as a third of the rest.
@@ -380,10 +383,15 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             return Socket.recv_into(self, buffer, nbytes or 1024) if closed else 0
         try:
             try:
-                with self._lock:
+                # `with` takes longer, and these lines count: each small record is read by them.
+                lock = self._lock
+                lock.acquire()
+                try:
                     tls = self._tls
                     if tls is not None and tls.attached and not (self._contested or self._unsent):
                         return tls.read_into(target)
+                finally:
+                    lock.release()
                 deadline = self._deadline()
             except ssl.SSLWantReadError:
                 deadline = self._deadline()
@@ -418,7 +426,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         """
         if self._plain:
             return self._plainly(lambda: Socket.send(self, data, flags), WRITE, "send")
-        _no_flags(flags, "send")
+        if flags:
+            _refuse_flags("send")
         if (self._unwrapping or self._tls is None) and self._info and not memoryview(data).nbytes:
             # Behind close_notify, and once closed, not even nothing can be sent.
             return self._pump(lambda tls: tls.write(b""), self._deadline(), "write", self._sending)
@@ -432,14 +441,18 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             while sent < len(view):
                 sent += self.send(view[sent:], flags)
             return
-        _no_flags(flags, "sendall")
+        if flags:
+            _refuse_flags("sendall")
         self._write(data, whole=True)
 
     def _write(self, data: Any, *, whole: bool) -> int:
+        # These lines count, down to the first `return`: each small record is written by them.
         view = data if type(data) is bytes else memoryview(data).cast("B")
-        self._ready()
-        size, sent, deadline = len(view), 0, self._deadline()
-        self._wait_for_turn(self._writing, WRITE, deadline, "write")
+        size, sent, deadline = len(view), 0, None if self._timeout is None else self._deadline()
+        if self._info is None or self._unsent:
+            self._ready()
+        if not self._writing.acquire(False):
+            self._wait_for_turn(self._writing, WRITE, deadline, "write")
         try:
             try:
                 with self._lock:
@@ -676,9 +689,8 @@ def _timed_out(what: str) -> TimeoutError:
     return TimeoutError(f"The {what} operation timed out")
 
 
-def _no_flags(flags: int, name: str) -> None:
-    if flags != 0:
-        raise ValueError(f"non-zero flags not allowed in calls to {name}() on QKDSocket")
+def _refuse_flags(name: str) -> NoReturn:
+    raise ValueError(f"non-zero flags not allowed in calls to {name}() on QKDSocket")
 
 
 def _not_allowed(name: str, error: type[Exception]) -> NoReturn:
