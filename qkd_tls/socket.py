@@ -31,6 +31,7 @@ __all__ = ["QKDSocket"]
 
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
+_DEFAULT_READ: Final = 1024
 _FULL_RECORD: Final = 1 << 14
 
 
@@ -135,28 +136,42 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         deadline: float | None,
         what: str,
         *directions: SharedDirection,
+        again: bool = False,
     ) -> _T:
         """Run a TLS operation until it succeeds, waiting for the socket in between."""
         while True:
             try:
                 with self._lock:
                     if self._tls is None:
-                        raise OSError(9, "Bad file descriptor: the TLS connection has been closed")
+                        raise _closed()
                     if self._contested or not self._tls.attached:
                         return self._contested_operation(self._tls, operation, directions)
                     return operation(self._tls)
             except ssl.SSLWantReadError:
-                if self._timeout == 0.0:
-                    # OpenSSL returns after each ticket or KeyUpdate; the caller should not have to ask again.
-                    if is_ready(self.fileno(), READ, 0):
-                        continue
-                    raise
-                event = READ
+                again = self._wait_for_record(deadline, what, again)
             except ssl.SSLWantWriteError:
                 if self._timeout == 0.0:
                     raise
-                event = WRITE
-            self._wait(event, deadline, what)
+                self._wait(WRITE, deadline, what)
+
+    def _wait_for_record(self, deadline: float | None, what: str, again: bool) -> bool:
+        """Wait until the peer's next record is there; return whether OpenSSL is to be asked once more before that.
+
+        OpenSSL returns after each ticket or KeyUpdate, and the caller should not have to ask again. Where it owes the
+        answer to a KeyUpdate, it sends it when it has read the next message, and keeps that one: nobody sees it in the
+        descriptor.
+        """
+        if self._timeout != 0.0 and again:
+            self._wait(READ, deadline, what)
+            return False
+        if not is_ready(self._descriptor(), READ, 0):
+            if again:
+                raise _want(READ)
+            return True
+        if self._timeout and deadline is not None and time.monotonic() >= deadline:
+            # The peer goes on and on without saying anything.
+            raise _timed_out(what)
+        return False
 
     def _contested_operation(
         self,
@@ -209,12 +224,16 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             raise _timed_out(what)
 
     def _wait(self, event: int, deadline: float | None, what: str) -> None:
-        descriptor = self.fileno()
-        if descriptor < 0:
-            raise OSError(9, "Bad file descriptor: the connection has been closed")
+        descriptor = self._descriptor()
         remaining = None if deadline is None else deadline - time.monotonic()
         if (remaining is not None and remaining <= 0) or not is_ready(descriptor, event, remaining):
             raise _timed_out(what)
+
+    def _descriptor(self) -> int:
+        descriptor = self.fileno()
+        if descriptor < 0:
+            raise _closed()
+        return descriptor
 
     def _deadline(self) -> float | None:
         return None if self._timeout is None else time.monotonic() + self._timeout
@@ -224,7 +243,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, unless done already; ask the key manager in this thread."""
         if self._info is not None and self._tls is None and not self._plain:
-            raise OSError(9, "Bad file descriptor: the connection has been closed")
+            raise _closed()
         self._wait_for_turn(self._handshaking, READ, self._deadline(), "handshake")
         try:
             if not self._connected:
@@ -272,7 +291,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             self._step(engine)
         elif self._tls is None:
             self._raise_failure()
-            raise OSError(9, "Bad file descriptor: the connection has been closed")
+            raise _closed()
         else:
             self._flush()
 
@@ -299,7 +318,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         with self._lock:
             if self._engine is None:
                 # Closed by another thread: its file descriptor may be somebody else's by now.
-                raise OSError(9, "Bad file descriptor: the connection has been closed")
+                raise _closed()
             tls.attach(self.fileno())
             self._engine, self._tls = None, tls
 
@@ -366,9 +385,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         """Fill the buffer with at least one byte; return the number, 0 at the end of the stream."""
         if self._plain:
-            return self._plainly(
-                lambda: Socket.recv_into(self, buffer, nbytes or 0, flags), READ, "recv_into"
-            )
+            size = (memoryview(buffer).nbytes or _DEFAULT_READ) if nbytes is None else nbytes
+            return self._plainly(lambda: Socket.recv_into(self, buffer, size, flags), READ, "recv_into")
         if flags:
             _refuse_flags("recv_into")
         if nbytes is not None and nbytes < 0:
@@ -380,7 +398,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         if not len(target):
             # Once closed, the standard library asks the socket itself, for more than the buffer holds.
             closed = self._engine is None and self._tls is None and self._failure is None
-            return Socket.recv_into(self, buffer, nbytes or 1024) if closed else 0
+            return Socket.recv_into(self, buffer, nbytes or _DEFAULT_READ) if closed else 0
         try:
             try:
                 # `with` takes longer, and these lines count: each small record is read by them.
@@ -392,13 +410,13 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
                         return tls.read_into(target)
                 finally:
                     lock.release()
-                deadline = self._deadline()
+                again, deadline = False, self._deadline()
             except ssl.SSLWantReadError:
                 deadline = self._deadline()
-                if self._timeout != 0.0:
-                    self._wait(READ, deadline, "read")
+                again = self._wait_for_record(deadline, "read", False)
             self._ready()
-            return self._pump(lambda tls: tls.read_into(target), deadline, "read", self._receiving)
+            read = partial(TLSConnection.read_into, buffer=target)
+            return self._pump(read, deadline, "read", self._receiving, again=again)
         except ssl.SSLZeroReturnError:
             if self._unwrapping:
                 raise
@@ -451,6 +469,8 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         size, sent, deadline = len(view), 0, None if self._timeout is None else self._deadline()
         if self._info is None or self._unsent:
             self._ready()
+        if not size and self._info is not None and self._tls is None:
+            raise _closed()
         if not self._writing.acquire(False):
             self._wait_for_turn(self._writing, WRITE, deadline, "write")
         try:
@@ -683,6 +703,10 @@ def _want(event: int) -> ssl.SSLError:
     if event == READ:
         return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
     return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, "Bad file descriptor: the connection has been closed")
 
 
 def _timed_out(what: str) -> TimeoutError:

@@ -27,6 +27,7 @@ from tests.support.in_step import (
     scripts,
     stock_contexts,
 )
+from tests.support.sizes import sized
 from tests.support.sockets import Authority, Identity, local_lab
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -48,8 +49,7 @@ def both(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("mode", MODES)
-# More of them still find differences in what follows an end: see the issue.
-@settings(max_examples=50)
+@settings(max_examples=sized(10_000 // 6, 100))
 @given(data=st.data())
 def test_any_script(both: tuple[Contexts, Contexts], mode: Mode, side: Side, data: st.DataObject) -> None:
     compare(*both, mode, side, data.draw(scripts(mode)))
@@ -81,6 +81,20 @@ KNOWN: dict[str, tuple[tuple[Say, ...], Arrive, tuple[Step, ...]]] = {
         (),
         ALL,
         (Say("key update requested"), Say("data", 7), ALL, Call("read", 100), Call("write", 5)),
+    ),
+    "a message behind a requested KeyUpdate": (
+        (),
+        ALL,
+        (Say("key update requested"), Say("ticket"), ALL, Call("read", 100), Call("read", 100)),
+    ),
+    "messages behind requested KeyUpdates": (
+        (),
+        ALL,
+        (
+            *[Say("key update requested"), Say("key update requested"), Say("ticket")] * 2,
+            ALL,
+            Call("read", 9),
+        ),
     ),
     "close_notify in the segment of Finished": (
         (Say("data", 7), Say("close_notify")),
@@ -119,6 +133,15 @@ def test_what_has_gone_wrong(
 ) -> None:
     early, with_finished, steps = KNOWN[name]
     compare(*both, mode, side, Script(path, early, with_finished, 0, Call("do_handshake"), steps))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "object"])
+def test_nothing_to_send_over_a_closed_socket(
+    both: tuple[Contexts, Contexts], mode: Mode, side: Side
+) -> None:
+    steps = (Call("close"), Call("sendall", 0), Call("send", 0), Call("write", 0))
+    compare(*both, mode, side, Script("bootstrap", (), ALL, 0, Call("do_handshake"), steps))
 
 
 @pytest.mark.parametrize("side", SIDES)
