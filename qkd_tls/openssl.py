@@ -33,6 +33,7 @@ from OpenSSL import SSL, crypto
 from qkd_tls.errors import ssl_error
 from qkd_tls.hybrid import KDF
 from qkd_tls.psk import PSK
+from qkd_tls.records import FULL_RECORD
 
 __all__ = [
     "DEFAULT_CIPHER_SUITES",
@@ -77,7 +78,6 @@ _PSK_SUITE: Final = {
 # openssl/x509v3.h: what the standard library sets too, so that "f*.example" never matches.
 _NO_PARTIAL_WILDCARDS: Final = 0x4
 _LONGEST_HOST_NAME: Final = 255
-_FULL_RECORD: Final = 1 << 14
 _LARGEST: Final = 0x7FFF_FFFF
 _WRITE_AT_ONCE: Final = 1 << 20
 _SCRATCH_SIZE: Final = 1 << 15
@@ -617,7 +617,7 @@ class TLSConnection(_Owner):
         """
         end = len(data)
         self.clogged = False
-        if end <= _FULL_RECORD and type(data) is bytes and not start:
+        if end <= FULL_RECORD and type(data) is bytes and not start:
             return self.write(data)
         with _ffi.from_buffer(data) as source:
             _lib.ERR_clear_error()

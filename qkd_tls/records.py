@@ -6,12 +6,17 @@ bytes that belong to the next.
 
 from __future__ import annotations
 
-__all__ = ["RecordBuffer", "alert"]
+from typing import Final
 
-_HEADER_SIZE = 5
-# 2**14 of content plus 256 for the encryption (RFC 8446 5.2).
-_LARGEST_FRAGMENT = (1 << 14) + 256
-_CONTENT_TYPES = range(20, 24)
+__all__ = ["FULL_RECORD", "RecordBuffer", "alert"]
+
+FULL_RECORD: Final = 1 << 14
+"""The most bytes of content in a record (RFC 8446 5.1)."""
+
+_HEADER_SIZE: Final = 5
+# Content plus 256 bytes for the encryption (RFC 8446 5.2).
+_LARGEST_FRAGMENT: Final = FULL_RECORD + 256
+_CONTENT_TYPES: Final = range(20, 24)
 
 
 class RecordBuffer:

@@ -25,6 +25,7 @@ from kms_client.waiting import READ, WRITE, is_ready
 from qkd_tls.endpoint import Endpoint, EndpointContext, EndpointEngine
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
+from qkd_tls.records import FULL_RECORD
 from qkd_tls.stdlib import Socket, SSLSocket
 
 __all__ = ["QKDSocket"]
@@ -32,7 +33,6 @@ __all__ = ["QKDSocket"]
 _T = TypeVar("_T")
 _CHUNK: Final = 1 << 16
 _DEFAULT_READ: Final = 1024
-_FULL_RECORD: Final = 1 << 14
 
 
 class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
@@ -378,7 +378,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             raise ValueError("negative buffersize in recv")
         if not buflen:
             return b""
-        buffer = bytearray(min(buflen, _FULL_RECORD))
+        buffer = bytearray(min(buflen, FULL_RECORD))
         size = self.recv_into(buffer)
         return bytes(memoryview(buffer)[:size])
 

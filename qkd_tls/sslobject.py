@@ -14,6 +14,7 @@ from kms_client.forks import SharedDirection
 from qkd_tls.endpoint import Endpoint, EndpointContext
 from qkd_tls.errors import ssl_error
 from qkd_tls.openssl import TLSConnection
+from qkd_tls.records import FULL_RECORD
 from qkd_tls.stdlib import SSLObject
 
 __all__ = ["QKDObject"]
@@ -125,7 +126,7 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         if buffer is None:
             if len < 0:
                 raise ValueError("size should not be negative")
-            data = bytearray(min(len, 1 << 24))
+            data = bytearray(min(len, FULL_RECORD))
             size = self._read_into(memoryview(data))
             return bytes(memoryview(data)[:size])
         target = memoryview(buffer).cast("B")
@@ -145,6 +146,9 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         """Encrypt all of it; return its size in bytes."""
         view = memoryview(data).cast("B")
         sent = 0
+        if not view and self._unwrapping:
+            # Behind close_notify not even nothing can be sent.
+            self._pump(lambda tls: tls.write(b""), self._sending)
         while sent < len(view):
             # Memory is never full.
             start = sent
