@@ -600,12 +600,12 @@ class TLSConnection(_Owner):
         return size
 
     def write(self, data: bytes) -> int:
-        """Write at least one byte of at most 16,384; return the number. After a want, repeat the data."""
+        """Write at most 16,384 bytes; return the number, 0 only for none. After a want, repeat the data."""
         if _peek_error():
             _lib.ERR_clear_error()
         result: int = _write(self._raw, data, len(data))
-        if result <= 0:
-            self._raise(result)
+        if result <= 0 and (data or result):
+            self._raise_unwritten(result)
         return result
 
     def write_all(self, data: bytes | memoryview, start: int) -> int:
@@ -631,7 +631,7 @@ class TLSConnection(_Owner):
                     self.clogged = True
                     break
                 else:
-                    self._raise(result)
+                    self._raise_unwritten(result)
         return position
 
     @property
@@ -653,6 +653,15 @@ class TLSConnection(_Owner):
         return bool(_lib.SSL_get_shutdown(self._raw) & SSL.RECEIVED_SHUTDOWN)
 
     # --- errors
+
+    def _raise_unwritten(self, result: int) -> NoReturn:
+        failed, closed = self._failed, bool(_lib.SSL_get_shutdown(self._raw) & SSL.SENT_SHUTDOWN)
+        try:
+            self._raise(result)
+        finally:
+            if closed:
+                # Nothing can be written behind close_notify; what the peer sends can still be read.
+                self._failed = failed
 
     def _raise(self, result: int) -> NoReturn:
         number = _ffi.errno

@@ -446,9 +446,6 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             return self._plainly(lambda: Socket.send(self, data, flags), WRITE, "send")
         if flags:
             _refuse_flags("send")
-        if (self._unwrapping or self._tls is None) and self._info and not memoryview(data).nbytes:
-            # Behind close_notify, and once closed, not even nothing can be sent.
-            return self._pump(lambda tls: tls.write(b""), self._deadline(), "write", self._sending)
         return self._write(data, whole=False)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -467,10 +464,12 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
         # These lines count, down to the first `return`: each small record is written by them.
         view = data if type(data) is bytes else memoryview(data).cast("B")
         size, sent, deadline = len(view), 0, None if self._timeout is None else self._deadline()
+        if whole and not size:
+            if self._info is not None and self._tls is None:
+                raise _closed()
+            return 0
         if self._info is None or self._unsent:
             self._ready()
-        if not size and self._info is not None and self._tls is None:
-            raise _closed()
         if not self._writing.acquire(False):
             self._wait_for_turn(self._writing, WRITE, deadline, "write")
         try:
@@ -484,6 +483,9 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             except ssl.SSLWantWriteError:
                 if self._timeout != 0.0:
                     self._wait(WRITE, deadline, "write")
+            if not size:
+                # OpenSSL may have the answer to a KeyUpdate to send, or an objection.
+                return self._pump(lambda tls: tls.write(b""), deadline, "write", self._sending)
             while sent < size:
                 if self._tls is not None and self._tls.clogged and self._timeout != 0.0:
                     self._wait(WRITE, deadline, "write")

@@ -146,8 +146,8 @@ class QKDObject(Endpoint, SSLObject):  # type: ignore[misc]
         """Encrypt all of it; return its size in bytes."""
         view = memoryview(data).cast("B")
         sent = 0
-        if not view and self._unwrapping:
-            # Behind close_notify not even nothing can be sent.
+        if not view:
+            # OpenSSL may have the answer to a KeyUpdate to send, or an objection.
             self._pump(lambda tls: tls.write(b""), self._sending)
         while sent < len(view):
             # Memory is never full.
