@@ -67,7 +67,10 @@ def _main(description: dict[str, Any]) -> dict[str, Any]:
     contexts = [client(pool), client(kme("a"))]
     # Both KMEs and both peers of these never say a word.
     port = silent.getsockname()[1]
-    slow_kme = gevent.spawn(talk, client(kme("a", url=f"https://127.0.0.1:{port}", read_timeout=PATIENCE)))
+    silent_kme = kme(
+        "a", url=f"https://127.0.0.1:{port}", connect_timeout=2 * PATIENCE, read_timeout=2 * PATIENCE
+    )
+    slow_kme = gevent.spawn(talk, client(silent_kme))
     stalled = socket.create_connection(address)
     stalled.sendall(b"\x16")
     gevent.sleep(0)
