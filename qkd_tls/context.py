@@ -514,7 +514,7 @@ class QKDContext(SSLContext):
             base.verify_mode,
             base.verify_flags,
             base.check_hostname,
-            self.hostname_checks_common_name,
+            base._host_flags,
             self.post_handshake_auth,
             self.keylog_filename,
             self.sni_callback is None,

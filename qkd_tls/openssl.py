@@ -128,33 +128,36 @@ class _Owner:
     still use the memory.
     """
 
-    _raw: Any
+    _raw: Any = None
     _free: ClassVar[Any]
     _freed: ClassVar[type[_Owner]]
     """The class of owners whose object has been freed."""
 
     def __init_subclass__(cls) -> None:
         """Give each class its twin for what has been freed."""
-        if "__getattr__" not in vars(cls):
-            # Not `__getattr__` of the class itself, which would make each of its attributes three times as slow.
-            cls._freed = type(cls.__name__, (cls,), {"__getattr__": _refuse_freed, "__module__": __name__})
+        if not hasattr(cls, "_is_freed"):
+            cls._freed = type(cls.__name__, (cls,), _FREED)
 
     def __del__(self) -> None:
         """Free the object. The collector may call this before others stop using it."""
-        raw = self.__dict__.pop("_raw", None)
-        # What it owns is freed with it.
-        self.__dict__.pop("_incoming", None)
-        self.__dict__.pop("_outgoing", None)
+        raw = self._raw
+        # To ask whether it is there at each use would take longer.
         self.__class__ = self._freed
         if raw is not None:
             self._free(raw)
 
 
-def _refuse_freed(owner: _Owner, name: str) -> NoReturn:
-    """Refuse what is gone; found instead of an attribute that `__del__` has taken away."""
-    if name in ("_raw", "_incoming", "_outgoing"):
-        raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: OpenSSL's object has been freed")
-    raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+def _refuse(*_: object) -> NoReturn:
+    raise OSError(errno.EBADF, f"{os.strerror(errno.EBADF)}: OpenSSL's object has been freed")
+
+
+_FREED: Final[dict[str, Any]] = {
+    "__module__": __name__,
+    "__del__": lambda _: None,
+    "_is_freed": True,
+    # What it owned has been freed with it.
+    **dict.fromkeys(("_raw", "_incoming", "_outgoing"), property(_refuse, _refuse, _refuse)),
+}
 
 
 class PrivateKey(_Owner):
@@ -254,8 +257,9 @@ def _keep_exception(_kind: object, exception: BaseException, _traceback: object)
 
 
 def _raise_kept() -> None:
-    exception, _this_thread.raised = _this_thread.raised, None
+    exception = _this_thread.raised
     if exception is not None:
+        _this_thread.raised = None
         raise exception
 
 
@@ -794,6 +798,8 @@ def _certificate(der: bytes) -> Any:
     return certificate
 
 
+# The names are those that the program has set.
+@functools.lru_cache(maxsize=256)
 def _alpn_wire(names: tuple[str, ...]) -> bytes:
     return b"".join(bytes([len(name)]) + name.encode() for name in names)
 

@@ -6,6 +6,7 @@ import contextlib
 import ssl
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NoReturn
 
 from kms_client import KMSError, QKDKey, UnknownKey, UnknownSAE, wipe_keys
@@ -146,12 +147,11 @@ class ServerEngine(Engine):
             self._refuse_stock_client()
         self._go(event)
         self._app_alpn = None
-        # Not by a reference from the connection, which would hold who holds it.
-        select = weakref.WeakMethod(self._select_alpn)
         self._tls = TLSConnection(
             self._config.context,
             psk=self._psk,
-            select_alpn=lambda tls, offered: (select() or _no_protocol)(tls, offered),
+            # Not by a reference from the connection, which would hold who holds it.
+            select_alpn=partial(_select_alpn, weakref.ref(self)),
         )
 
     def _refuse_stock_client(self) -> None:
@@ -383,8 +383,12 @@ _STEPS: Final[dict[State, Callable[[ServerEngine], None]]] = {
 """The steps for bytes of the client. In the other states they wait."""
 
 
-def _no_protocol(_tls: TLSConnection, _offered: tuple[bytes, ...]) -> None:
-    """Choose none: nobody waits for this connection any more."""
+def _select_alpn(
+    reference: weakref.ref[ServerEngine], tls: TLSConnection, offered: tuple[bytes, ...]
+) -> bytes | None:
+    """Choose a protocol, but none if nobody waits for this connection any more."""
+    engine = reference()
+    return engine._select_alpn(tls, offered) if engine is not None else None
 
 
 def _is_stock(hello: ClientHello) -> bool:
