@@ -60,6 +60,8 @@ _SESSION_ID: Final = 4 + 2 + 32  # behind the header, legacy_version and random
 _TICKET_AGE_SIZE: Final = 4
 _SMALLEST_BINDER: Final = 32
 _EXTENSION_HEADER: Final = struct.Struct(">HH")
+_ONLY_HOST_NAME: Final = struct.Struct(">HBH")
+"""The beginning of a server_name extension that is one host name: two lengths, and the name's type between them."""
 
 
 class ClientHelloError(ValueError):
@@ -309,6 +311,10 @@ def _server_name(extension: bytes | None) -> str | None:
     """Return the host name (RFC 6066 section 3): at most one, in ASCII; skip names of other types."""
     if extension is None:
         return None
+    size = len(extension)
+    if extension[:5] == _ONLY_HOST_NAME.pack(size - 2 & 0xFFFF, 0, size - 5 & 0xFFFF):
+        # The usual case, one host name, without loops.
+        return _host_name(extension[5:])
     names = _only_vector(extension, 2, "server_name")
     if not names:
         raise ClientHelloError("server_name is empty")
@@ -321,10 +327,14 @@ def _server_name(extension: bytes | None) -> str | None:
             continue
         if host_name is not None:
             raise ClientHelloError("server_name holds two host names")
-        if not _PRINTABLE.fullmatch(name):
-            raise ClientHelloError("server_name is not a host name in ASCII")
-        host_name = name.decode("ascii")
+        host_name = _host_name(name)
     return host_name
+
+
+def _host_name(name: bytes) -> str:
+    if not _PRINTABLE.fullmatch(name):
+        raise ClientHelloError("server_name is not a host name in ASCII")
+    return name.decode("ascii")
 
 
 def _alpn(extension: bytes | None) -> tuple[bytes, ...]:

@@ -285,7 +285,8 @@ class TLSContext(_Owner):
         _lib.SSL_CTX_set_session_cache_mode(context, SSL.SESS_CACHE_OFF)
         _lib.SSL_CTX_set_mode(
             context,
-            _lib.SSL_MODE_ENABLE_PARTIAL_WRITE
+            _lib.SSL_MODE_AUTO_RETRY
+            | _lib.SSL_MODE_ENABLE_PARTIAL_WRITE
             | _lib.SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER
             # An idle connection keeps no buffers for records, 20 KB and more; a busy one is no slower for it.
             | _lib.SSL_MODE_RELEASE_BUFFERS,
@@ -436,9 +437,11 @@ class TLSConnection(_Owner):
         # OpenSSL owns them from now on, and frees those before.
         self._incoming, self._outgoing = _lib.BIO_new(_MEMORY), _lib.BIO_new(_MEMORY)
         _lib.SSL_set_bio(self._raw, self._incoming, self._outgoing)
-        # The whole record behind a ticket may be there already, and no later bytes ever wake the caller up.
-        _lib.SSL_set_mode(self._raw, _lib.SSL_MODE_AUTO_RETRY)
-        self.attached = False
+        if self.attached:
+            # As from the beginning: the whole record behind a ticket may be there already, and no later bytes ever
+            # wake the caller up.
+            _lib.SSL_set_mode(self._raw, _lib.SSL_MODE_AUTO_RETRY)
+            self.attached = False
 
     def feed(self, data: bytes) -> None:
         """Give ciphertext from the transport."""
