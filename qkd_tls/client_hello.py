@@ -12,15 +12,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["ClientHello", "ClientHelloError", "group_names", "parse_client_hello", "read_handshake_message"]
+from qkd_tls.records import FULL_RECORD, RECORD_HEADER_SIZE, RecordBuffer, handshake_records
+
+__all__ = ["ClientHello", "ClientHelloError", "ClientHelloReader", "group_names", "parse_client_hello"]
 
 _HANDSHAKE: Final = 22
 _CLIENT_HELLO: Final = 1
-_RECORD_HEADER_SIZE: Final = 5
-_MAX_RECORD_SIZE: Final = 1 << 14
+_RECORD_START: Final = RECORD_HEADER_SIZE + 4  # with the header of a handshake message, if it begins there
 _MAX_MESSAGE_SIZE: Final = 0xFFFF
-# The stream is read from its start each time more of it has come: many tiny records would take long.
-_MAX_RECORDS: Final = 256
+_MAX_ENTRIES: Final = 256
+"""The most extensions, groups, protocols and identities that are read; usual are less than 20."""
+
+# Alerts, RFC 8446 section 6.
+_UNEXPECTED_MESSAGE: Final = 10
+_RECORD_OVERFLOW: Final = 22
+_ILLEGAL_PARAMETER: Final = 47
+_DECODE_ERROR: Final = 50
+_PROTOCOL_VERSION: Final = 70
 
 # Extension types, RFC 8446 section 4.2.
 _SERVER_NAME: Final = 0
@@ -28,8 +36,6 @@ _SUPPORTED_GROUPS: Final = 10
 _ALPN: Final = 16
 _PRE_SHARED_KEY: Final = 41
 _SUPPORTED_VERSIONS: Final = 43
-_PSK_KEY_EXCHANGE_MODES: Final = 45
-_KEY_SHARE: Final = 51
 
 # IANA "TLS Supported Groups".
 _GROUP_NAMES: Final = {
@@ -67,44 +73,28 @@ _ONLY_HOST_NAME: Final = struct.Struct(">HBH")
 class ClientHelloError(ValueError):
     """Bytes that are not a ClientHello as defined in RFC 8446; the text says what is wrong."""
 
+    def __init__(self, text: str, alert: int = _DECODE_ERROR) -> None:
+        super().__init__(text)
+        self.alert: Final = alert
+        """The alert for the client (RFC 8446 section 6.2)."""
+
 
 @dataclass(slots=True)
 class ClientHello:
-    """A client's offers, each list in the client's order; an absent extension is an empty tuple.
-
-    The parts that every handshake needs are read at once, the rest on demand: those properties raise
-    ClientHelloError if their extension is malformed.
-    """
+    """A client's offers, each list in the client's order; an absent extension is an empty tuple."""
 
     server_name: str | None
     """The host name in the SNI extension (RFC 6066 section 3), as sent."""
     psk_identities: tuple[bytes, ...]
     """Identities of the offered PSKs, both external and resumption PSKs (RFC 8446 section 4.2.11)."""
+    alpn: tuple[bytes, ...]
+    """Application protocols (RFC 7301)."""
+    groups: tuple[int, ...]
+    """Supported key exchange groups (section 4.2.7)."""
+    versions: tuple[int, ...]
+    """Supported TLS versions (section 4.2.1); without the extension, the legacy version alone."""
     message: bytes = field(repr=False)
     """The whole handshake message."""
-    extensions: dict[int, bytes] = field(repr=False)
-    """All extensions, by type."""
-
-    @property
-    def alpn(self) -> tuple[bytes, ...]:
-        """Application protocols (RFC 7301)."""
-        return _alpn(self.extensions.get(_ALPN))
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """Supported key exchange groups (section 4.2.7)."""
-        return _numbers(self.extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups")
-
-    @property
-    def key_share_groups(self) -> tuple[int, ...]:
-        """Supported groups that have a key share in this message (section 4.2.8)."""
-        return _key_share_groups(self.extensions.get(_KEY_SHARE))
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """Supported TLS versions (section 4.2.1); without the extension, the legacy version alone."""
-        versions = _numbers(self.extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions")
-        return versions or (self.message[4] << 8 | self.message[5],)
 
     @property
     def cipher_suites(self) -> tuple[int, ...]:
@@ -113,78 +103,78 @@ class ClientHello:
         size = int.from_bytes(self.message[start : start + 2], "big")
         return struct.unpack_from(f">{size // 2}H", self.message, start + 2)
 
-    @property
-    def psk_modes(self) -> tuple[int, ...]:
-        """PSK key exchange modes: 0 is `psk_ke`, 1 is `psk_dhe_ke` (section 4.2.9)."""
-        return _psk_modes(self.extensions.get(_PSK_KEY_EXCHANGE_MODES))
 
+class ClientHelloReader:
+    """The reader of the ClientHello at the start of a TLS byte stream, in however many records (RFC 8446 5.1)."""
 
-def read_handshake_message(records: bytes | bytearray) -> tuple[bytes, int] | None:
-    """Reassemble the ClientHello at the start of a TLS byte stream (RFC 8446 section 5.1).
+    def __init__(self) -> None:
+        self._message = bytearray()
+        self._only_record = b""
 
-    Args:
-        records: the stream from its first byte, as far as it has come.
+    def read(self, records: RecordBuffer) -> bytes | None:
+        """Take the records of the ClientHello, and none behind it.
 
-    Returns:
-        The handshake message with its four-byte header, and the number of stream bytes its records took;
-        None if more bytes are needed.
+        Args:
+            records: the stream, as far as it has come.
 
-    Raises:
-        ClientHelloError: the stream cannot become a ClientHello, however it goes on; raised as soon as the
-            bytes show it, so that a peer which speaks another protocol is not waited for.
-    """
-    whole = _in_one_record(records)
-    if whole is not None:
-        return whole
-    message = bytearray()
-    size = None  # of the whole message, once its header is there
-    announced = 0  # bytes of handshake messages that the records seen so far hold or will hold
-    taken = 0
-    for _ in range(_MAX_RECORDS):
-        header = records[taken : taken + _RECORD_HEADER_SIZE]
-        if header and header[0] != _HANDSHAKE:
-            raise ClientHelloError(f"not TLS: a record of type {header[0]} where a handshake record must be")
-        if len(header) > 1 and header[1] != 3:
-            raise ClientHelloError(f"not TLS: a record of major version {header[1]}")
-        if len(header) < _RECORD_HEADER_SIZE:
+        Returns:
+            The handshake message with its four-byte header; None if more bytes are needed.
+
+        Raises:
+            ClientHelloError: the stream cannot become a ClientHello, however it goes on; raised as soon as the
+                bytes show it, so that a peer which speaks another protocol is not waited for.
+        """
+        while True:
+            start = records.peek(_RECORD_START)
+            if len(start) < RECORD_HEADER_SIZE:
+                # Of what is not TLS, OpenSSL wants as much before it says what it is.
+                return None
+            size = self._size(start)
+            record = records.next_record()
+            if record is None:
+                return None
+            if not self._message and len(record) - RECORD_HEADER_SIZE == size:
+                # The usual case: that spares 3 of a handshake's 650 microseconds.
+                self._only_record = record
+                return record[RECORD_HEADER_SIZE:]
+            self._message += record[RECORD_HEADER_SIZE:]
+            if len(self._message) == size:
+                return bytes(self._message)
+
+    def give_back(self, records: RecordBuffer) -> None:
+        """Put what has been taken back, in as few records as can be."""
+        records.put_back(self._only_record or handshake_records(bytes(self._message)))
+
+    def _size(self, start: bytes) -> int | None:
+        """Check the start of the next record; return the size of the whole message, once it is known."""
+        if start[0] != _HANDSHAKE:
+            raise ClientHelloError(
+                f"not TLS: a record of type {start[0]} where a handshake record must be", _UNEXPECTED_MESSAGE
+            )
+        if start[1] != 3:
+            raise ClientHelloError(f"not TLS: a record of major version {start[1]}", _PROTOCOL_VERSION)
+        length = int.from_bytes(start[3:5], "big")
+        if not length:
+            raise ClientHelloError("a handshake record of 0 bytes", _UNEXPECTED_MESSAGE)
+        if length > FULL_RECORD:
+            raise ClientHelloError(f"a handshake record of {length} bytes", _RECORD_OVERFLOW)
+        header = start[RECORD_HEADER_SIZE : RECORD_HEADER_SIZE + length]
+        if self._message:
+            header = bytes(self._message[:4]) + header
+        if header and header[0] != _CLIENT_HELLO:
+            raise ClientHelloError(
+                f"a handshake message of type {header[0]} where a ClientHello must be", _UNEXPECTED_MESSAGE
+            )
+        if len(header) < 4:
             return None
-        length = int.from_bytes(header[3:], "big")
-        if not 1 <= length <= _MAX_RECORD_SIZE:
-            raise ClientHelloError(f"a handshake record of {length} bytes")
-        taken += _RECORD_HEADER_SIZE
-        message += records[taken : taken + length]
-        announced += length
-        taken += length
-        if message and message[0] != _CLIENT_HELLO:
-            raise ClientHelloError(f"a handshake message of type {message[0]} where a ClientHello must be")
-        if len(message) >= 4:
-            size = 4 + int.from_bytes(message[1:4], "big")
-            if size > _MAX_MESSAGE_SIZE:
-                raise ClientHelloError(f"a ClientHello of {size} bytes; the limit is {_MAX_MESSAGE_SIZE}")
-            if announced > size:
-                raise ClientHelloError("a record that goes on after the ClientHello")
-        if taken > len(records):
-            return None
-        if announced == size:
-            return bytes(message), taken
-    raise ClientHelloError(f"a ClientHello in more than {_MAX_RECORDS} records")
-
-
-def _in_one_record(records: bytes | bytearray) -> tuple[bytes, int] | None:
-    """Return the message of the usual case: one complete record with nothing else in it.
-
-    That spares 3 of a handshake's 650 microseconds.
-    """
-    end = _RECORD_HEADER_SIZE + int.from_bytes(records[3:5], "big")
-    if (
-        4 + _RECORD_HEADER_SIZE <= end <= min(len(records), _RECORD_HEADER_SIZE + _MAX_RECORD_SIZE)
-        and records[0] == _HANDSHAKE
-        and records[1] == 3
-        and records[5] == _CLIENT_HELLO
-        and 4 + int.from_bytes(records[6:9], "big") == end - _RECORD_HEADER_SIZE
-    ):
-        return bytes(records[_RECORD_HEADER_SIZE:end]), end
-    return None
+        size = 4 + int.from_bytes(header[1:4], "big")
+        if size > _MAX_MESSAGE_SIZE:
+            raise ClientHelloError(
+                f"a ClientHello of {size} bytes; the limit is {_MAX_MESSAGE_SIZE}", _ILLEGAL_PARAMETER
+            )
+        if len(self._message) + length > size:
+            raise ClientHelloError("a record that goes on after the ClientHello", _UNEXPECTED_MESSAGE)
+        return size
 
 
 def parse_client_hello(message: bytes) -> ClientHello:
@@ -213,9 +203,16 @@ def parse_client_hello(message: bytes) -> ClientHello:
     return ClientHello(
         _server_name(extensions.get(_SERVER_NAME)),
         _psk_identities(extensions.get(_PRE_SHARED_KEY)),
+        _alpn(extensions.get(_ALPN)),
+        _numbers(extensions.get(_SUPPORTED_GROUPS), 2, "supported_groups"),
+        _numbers(extensions.get(_SUPPORTED_VERSIONS), 1, "supported_versions")
+        or (message[4] << 8 | message[5],),
         message,
-        extensions,
     )
+
+
+def _too_many(what: str) -> ClientHelloError:
+    return ClientHelloError(f"more than {_MAX_ENTRIES} {what}", _ILLEGAL_PARAMETER)
 
 
 def group_names(groups: Iterable[int]) -> str:
@@ -275,14 +272,16 @@ def _extensions(message: bytes, position: int) -> dict[int, bytes]:
     while position < size:
         kind, length = _EXTENSION_HEADER.unpack_from(message, position)
         if kind in extensions:
-            raise ClientHelloError(f"extension {kind} appears twice")
+            raise ClientHelloError(f"extension {kind} appears twice", _ILLEGAL_PARAMETER)
+        if len(extensions) == _MAX_ENTRIES:
+            raise _too_many("extensions")
         start = position + 4
         position = start + length
         if position > size:
             raise ClientHelloError(f"extension {kind} is truncated")
         # The binders of pre_shared_key cover all that precedes them (section 4.2.11).
         if kind == _PRE_SHARED_KEY and position != size:
-            raise ClientHelloError("pre_shared_key is not the last extension")
+            raise ClientHelloError("pre_shared_key is not the last extension", _ILLEGAL_PARAMETER)
         extensions[kind] = message[start:position]
     return extensions
 
@@ -294,17 +293,9 @@ def _numbers(extension: bytes | None, length_size: int, what: str) -> tuple[int,
     data = _only_vector(extension, length_size, what)
     if not data or len(data) % 2:
         raise ClientHelloError(f"{what} has {len(data)} bytes")
+    if len(data) > 2 * _MAX_ENTRIES:
+        raise _too_many(what)
     return struct.unpack(f">{len(data) // 2}H", data)
-
-
-def _psk_modes(extension: bytes | None) -> tuple[int, ...]:
-    """Return the modes (section 4.2.9), a byte each."""
-    if extension is None:
-        return ()
-    modes = _only_vector(extension, 1, "psk_key_exchange_modes")
-    if not modes:
-        raise ClientHelloError("psk_key_exchange_modes has 0 bytes")
-    return tuple(modes)
 
 
 def _server_name(extension: bytes | None) -> str | None:
@@ -326,14 +317,14 @@ def _server_name(extension: bytes | None) -> str | None:
         if kind != 0:
             continue
         if host_name is not None:
-            raise ClientHelloError("server_name holds two host names")
+            raise ClientHelloError("server_name holds two host names", _ILLEGAL_PARAMETER)
         host_name = _host_name(name)
     return host_name
 
 
 def _host_name(name: bytes) -> str:
     if not _PRINTABLE.fullmatch(name):
-        raise ClientHelloError("server_name is not a host name in ASCII")
+        raise ClientHelloError("server_name is not a host name in ASCII", _ILLEGAL_PARAMETER)
     return name.decode("ascii")
 
 
@@ -347,24 +338,11 @@ def _alpn(extension: bytes | None) -> tuple[bytes, ...]:
     while position < len(names):
         name, position = _vector(names, position, 1, "ALPN")
         protocols.append(name)
+        if len(protocols) > _MAX_ENTRIES:
+            raise _too_many("ALPN protocols")
     if not protocols or b"" in protocols:
         raise ClientHelloError("ALPN has an empty list or an empty name")
     return tuple(protocols)
-
-
-def _key_share_groups(extension: bytes | None) -> tuple[int, ...]:
-    """Return the groups with a share; an empty list asks for a HelloRetryRequest (section 4.2.8)."""
-    if extension is None:
-        return ()
-    shares = _only_vector(extension, 2, "key_share")
-    groups: list[int] = []
-    position = 0
-    while position < len(shares):
-        groups.append(int.from_bytes(shares[position : position + 2], "big"))
-        share, position = _vector(shares, position + 2, 2, "key_share")
-        if not share:
-            raise ClientHelloError("key_share has an empty share")
-    return tuple(groups)
 
 
 def _only_identity(extension: bytes) -> bytes:
@@ -398,6 +376,8 @@ def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
     while position < len(entries):
         identity, position = _vector(entries, position, 2, "PSK identity")
         identities.append(identity)
+        if len(identities) > _MAX_ENTRIES:
+            raise _too_many("PSK identities")
         position += _TICKET_AGE_SIZE
         if position > len(entries):
             raise ClientHelloError("obfuscated_ticket_age is truncated")
@@ -411,5 +391,7 @@ def _psk_identities(extension: bytes | None) -> tuple[bytes, ...]:
             raise ClientHelloError("a PSK binder shorter than 32 bytes")
         number_of_binders += 1
     if number_of_binders != len(identities):
-        raise ClientHelloError(f"{len(identities)} PSK identities but {number_of_binders} binders")
+        raise ClientHelloError(
+            f"{len(identities)} PSK identities but {number_of_binders} binders", _ILLEGAL_PARAMETER
+        )
     return tuple(identities)

@@ -8,28 +8,43 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["FULL_RECORD", "RecordBuffer", "alert"]
+__all__ = ["FULL_RECORD", "RECORD_HEADER_SIZE", "RecordBuffer", "alert", "handshake_records"]
 
 FULL_RECORD: Final = 1 << 14
 """The most bytes of content in a record (RFC 8446 5.1)."""
 
-_HEADER_SIZE: Final = 5
+RECORD_HEADER_SIZE: Final = 5
+
 # Content plus 256 bytes for the encryption (RFC 8446 5.2).
 _LARGEST_FRAGMENT: Final = FULL_RECORD + 256
 _CONTENT_TYPES: Final = range(20, 24)
 
 
 class RecordBuffer:
-    """A buffer of bytes from the transport, cut at record boundaries."""
+    """A buffer of bytes from the transport, cut at record boundaries.
+
+    What it does is linear in the bytes, however small the pieces are that they come in, and the records.
+    """
 
     def __init__(self) -> None:
-        # Immutable: a flight mostly comes in one piece, and then is never copied.
-        self.data = b""
-        """All bytes not yet taken."""
+        # It gives away bytes from its front without moving the others.
+        self._data = bytearray()
+
+    def __len__(self) -> int:
+        """Return the number of bytes not yet taken."""
+        return len(self._data)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
-        self.data = self.data + data if self.data else bytes(data)
+        self._data += data
+
+    def put_back(self, data: bytes) -> None:
+        """Put bytes before all others."""
+        self._data[:0] = data
+
+    def peek(self, size: int) -> bytes:
+        """Return at most `size` bytes, which stay."""
+        return bytes(self._data[:size])
 
     @property
     def missing(self) -> int:
@@ -37,41 +52,48 @@ class RecordBuffer:
 
         A reader that takes no more than these leaves what follows the record where it is.
         """
-        data = self.data
-        if len(data) < _HEADER_SIZE:
-            return _HEADER_SIZE - len(data)
-        return max(1, _HEADER_SIZE + int.from_bytes(data[3:5], "big") - len(data))
+        data = self._data
+        if len(data) < RECORD_HEADER_SIZE:
+            return RECORD_HEADER_SIZE - len(data)
+        return max(1, RECORD_HEADER_SIZE + int.from_bytes(data[3:5], "big") - len(data))
 
     def next_record(self) -> bytes | None:
         """Remove and return one whole record with its header; None if more bytes are needed.
 
         Bytes that cannot be a record are returned at once and whole, for OpenSSL to reject.
         """
-        data = self.data
+        data = self._data
         if not data:
             return None
         if data[0] not in _CONTENT_TYPES or (len(data) > 1 and data[1] != 3):
             return self.take_all()
-        if len(data) < _HEADER_SIZE:
+        if len(data) < RECORD_HEADER_SIZE:
             return None
         length = int.from_bytes(data[3:5], "big")
         if length > _LARGEST_FRAGMENT:
             return self.take_all()
-        if len(data) < _HEADER_SIZE + length:
+        end = RECORD_HEADER_SIZE + length
+        if len(data) < end:
             return None
-        return self.take(_HEADER_SIZE + length)
+        if len(data) == end:
+            return self.take_all()
+        record = bytes(data[:end])
+        del data[:end]
+        return record
 
     def take_all(self) -> bytes:
         """Remove and return everything."""
-        taken, self.data = self.data, b""
-        return taken
-
-    def take(self, size: int) -> bytes:
-        """Remove and return the first bytes."""
-        taken, self.data = self.data[:size], self.data[size:]
+        taken = bytes(self._data)
+        self._data.clear()
         return taken
 
 
 def alert(description: int) -> bytes:
     """Return a fatal alert in clear, as a server sends it before any key exists (RFC 8446 6)."""
     return bytes([21, 3, 3, 0, 2, 2, description])
+
+
+def handshake_records(message: bytes) -> bytes:
+    """Return a handshake message in clear, in as few records as can be (RFC 8446 5.1)."""
+    parts = (message[start : start + FULL_RECORD] for start in range(0, len(message), FULL_RECORD))
+    return b"".join(b"\x16\x03\x01" + len(part).to_bytes(2, "big") + part for part in parts)

@@ -189,7 +189,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
             if not tls.attached:
                 self._unsent += tls.take()
             self._flush()
-            if not (tls.attached or self._records.data):
+            if not (tls.attached or self._records):
                 tls.attach(self.fileno())
         elif tls.attached:
             tls.detach()

@@ -350,7 +350,7 @@ class Engine(abc.ABC):
     def _establish(self, event: Event, alpn: str | None) -> None:
         assert self._tls is not None
         self._go(event)
-        if self._records.data:
+        if self._records:
             # What came with the last flight already is application data.
             self._feed_all()
         group = self._tls.group

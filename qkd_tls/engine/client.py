@@ -108,7 +108,7 @@ class ClientEngine(Engine):
     # --- progress
 
     def _advance(self) -> None:
-        if not self._records.data:
+        if not self._records:
             return
         if self._state is State.CLIENT_HELLO:
             # In a bootstrap the server sends nothing more before it has an offer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import ssl
 import weakref
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from qkd_tls.association import Association
 from qkd_tls.client_hello import (
     ClientHello,
     ClientHelloError,
+    ClientHelloReader,
     group_names,
     parse_client_hello,
-    read_handshake_message,
 )
 from qkd_tls.control import RejectCode
 from qkd_tls.engine.base import ALPN_PROTOCOL, NEVER_FALL_BACK, NO_KMS, Engine, EngineConfig
 from qkd_tls.engine.hints import REJECT_HINTS, SERVER_HINTS, with_hint
 from qkd_tls.engine.states import ChooseContext, Event, FetchKeysByID, State
-from qkd_tls.errors import QKDUnavailable
+from qkd_tls.errors import QKDUnavailable, ssl_error
 from qkd_tls.hybrid import PSKIdentity
-from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection
+from qkd_tls.openssl import ML_KEM_GROUPS, TLSConnection, TLSContext, TLSSettings
 from qkd_tls.policy import Policy
 from qkd_tls.records import alert
 
@@ -37,6 +37,9 @@ _GIVE_THE_CLIENT_A_KMS: Final = (
 )
 _TLS1_3: Final = 0x0304
 _ALERT_NO_APPLICATION_PROTOCOL: Final = 120
+_ALERT_DESCRIPTION: Final = 6
+"""The place of the description in an alert in clear."""
+_HANDSHAKE_FAILURE: Final = bytes([40])
 
 
 class ServerEngine(Engine):
@@ -46,6 +49,7 @@ class ServerEngine(Engine):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, State.SERVER_HELLO)
+        self._reader = ClientHelloReader()
         self._hello: ClientHello | None = None
         self._identity: PSKIdentity | None = None
         self._encoded = b""
@@ -92,18 +96,19 @@ class ServerEngine(Engine):
     # --- ClientHello
 
     def _read_hello(self) -> None:
-        if not self._records.data:
+        if not self._records:
             return
         self._hello = None
         try:
-            read = read_handshake_message(self._records.data)
-            if read is None:
+            message = self._reader.read(self._records)
+            if message is None:
                 return
-            self._hello = parse_client_hello(read[0])
-        except ClientHelloError:
-            # OpenSSL says better what is wrong with it, and sends the alert.
-            self._start_handshake(Event.NO_KEY_NEEDED)
-            return
+            self._hello = parse_client_hello(message)
+        except ClientHelloError as error:
+            self._refuse_hello(error)
+        # OpenSSL reads it again, and has the last word.
+        self._reader.give_back(self._records)
+        self._reader = ClientHelloReader()
         if self._config.chooses_by_name and not self._named:
             self._named = True
             self._request = ChooseContext(self._hello.server_name)
@@ -112,6 +117,26 @@ class ServerEngine(Engine):
             self._look_for_identity(self._hello)
         else:
             self._start_handshake(Event.NO_KEY_NEEDED)
+
+    def _refuse_hello(self, error: ClientHelloError) -> NoReturn:
+        """End the handshake with OpenSSL's alert and error, if it objects as well, else with our own."""
+        self._reader.give_back(self._records)
+        judge = TLSConnection(_judge())
+        judge.feed(self._records.take_all())
+        try:
+            judge.handshake()
+        except ssl.SSLError as objection:
+            said = judge.take()
+            if said[_ALERT_DESCRIPTION:] != _HANDSHAKE_FAILURE:
+                self._out += said
+                raise self._explained(objection) from None
+        self._out += alert(error.alert)
+        raise ssl_error(
+            ssl.SSLError,
+            f"[SSL: BAD_CLIENT_HELLO] the client's first message is refused: {error}; its TLS library is broken, or "
+            "somebody is trying this port",
+            "BAD_CLIENT_HELLO",
+        )
 
     def _look_for_identity(self, hello: ClientHello) -> None:
         """Check all before the KMS is asked: only a holder of the association secret can cause a request."""
@@ -183,7 +208,7 @@ class ServerEngine(Engine):
 
     def _handshake(self) -> None:
         assert self._tls is not None
-        while self._records.data:
+        while self._records:
             if self._tls.psk_accepted:
                 self._feed_all()
             else:
@@ -328,14 +353,11 @@ class ServerEngine(Engine):
             self._after_reject(Event.REJECT)
 
     def _skip_hello(self) -> None:
-        if not self._records.data:
-            return
         try:
-            read = read_handshake_message(self._records.data)
+            message = self._reader.read(self._records)
         except ClientHelloError as error:
             self._fail(self._malformed(f"a pipelined offer without its ClientHello: {error}"))
-        if read is not None:
-            self._records.take(read[1])
+        if message is not None:
             self._after_reject(Event.SKIPPED)
 
     def _after_reject(self, event: Event) -> None:
@@ -392,17 +414,18 @@ def _select_alpn(
 
 
 def _is_stock(hello: ClientHello) -> bool:
-    """Return whether the hello is valid, without qkd-tls/1. OpenSSL names what is broken or too old."""
-    with contextlib.suppress(ClientHelloError):
-        return _TLS1_3 in hello.versions and _ALPN_PROTOCOL not in hello.alpn
-    return False
+    """Return whether the hello is one of TLS 1.3 without qkd-tls/1. OpenSSL names what is too old."""
+    return _TLS1_3 in hello.versions and _ALPN_PROTOCOL not in hello.alpn
 
 
 def _groups_of(hello: ClientHello | None) -> str:
-    with contextlib.suppress(ClientHelloError):
-        if hello is not None:
-            return group_names(hello.groups)
-    return "unknown ones"
+    return group_names(hello.groups) if hello is not None else "unknown ones"
+
+
+@functools.cache
+def _judge() -> TLSContext:
+    """Return a context that reads a ClientHello, and without a certificate never answers it."""
+    return TLSContext(TLSSettings(server_side=True))
 
 
 def _reject_code(error: KMSError) -> RejectCode:

@@ -14,10 +14,11 @@ from OpenSSL import SSL
 from qkd_tls.client_hello import (
     ClientHello,
     ClientHelloError,
+    ClientHelloReader,
     group_names,
     parse_client_hello,
-    read_handshake_message,
 )
+from qkd_tls.records import RecordBuffer
 
 pytestmark = pytest.mark.pure
 
@@ -85,11 +86,17 @@ def only_tls12(context: SSL.Context) -> None:
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
 
 
+def read(stream: bytes) -> tuple[bytes | None, int]:
+    """Return the ClientHello at the start of the stream, if it is whole, and how many bytes are left."""
+    buffer = RecordBuffer()
+    buffer.feed(stream)
+    return ClientHelloReader().read(buffer), len(buffer)
+
+
 def parsed(stream: bytes) -> ClientHello:
-    found = read_handshake_message(stream)
-    assert found is not None
-    message, taken = found
-    assert taken == len(stream)
+    message, rest = read(stream)
+    assert message is not None
+    assert not rest
     return parse_client_hello(message)
 
 
@@ -120,8 +127,6 @@ class TestRealClients:
         assert result.alpn == (b"qkd-tls/1", b"h2")
         assert result.psk_identities == ()
         assert result.versions[0] == 0x0304
-        assert result.psk_modes == (1,)
-        assert set(result.key_share_groups) <= set(result.groups)
 
     def test_without_sni_and_alpn(self) -> None:
         result = parsed(STREAMS["stdlib"])
@@ -131,19 +136,16 @@ class TestRealClients:
         result = parsed(STREAMS["pyOpenSSL, ALPN"])
         assert result.alpn == (b"http/1.1",)
         # OpenSSL 3.5 and newer send this share by default, which also makes the message a long one.
-        assert 4588 in result.key_share_groups
+        assert 4588 in result.groups
         assert "X25519MLKEM768" in group_names(result.groups)
 
     def test_tls_1_2(self) -> None:
         result = parsed(STREAMS["pyOpenSSL, TLS 1.2"])
         assert result.versions == (0x0303,)
-        assert result.key_share_groups == ()
-        assert result.psk_modes == ()
 
     def test_psk(self) -> None:
         result = parsed(STREAMS["PSK"])
         assert result.psk_identities == (b"qkd1.x", b"another")
-        assert result.psk_modes == (1,)
         assert result.versions == (0x0304,)
         assert result.server_name == "server.example"
 
@@ -152,33 +154,62 @@ class TestReading:
     @every_stream
     def test_cut_anywhere(self, stream: bytes) -> None:
         for end in range(len(stream)):
-            assert read_handshake_message(stream[:end]) is None
+            assert read(stream[:end])[0] is None
 
     @every_stream
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 100, 16384])
     def test_any_record_size(self, stream: bytes, size: int) -> None:
-        whole = read_handshake_message(stream)
-        assert whole is not None
-        message, _ = whole
-        split = records(message, size)
-        if len(message) > 256 * size:
-            with pytest.raises(ClientHelloError, match="more than 256 records"):
-                read_handshake_message(split)
-        else:
-            assert read_handshake_message(bytearray(split)) == (message, len(split))
+        message, _ = read(stream)
+        assert message is not None
+        assert read(records(message, size)) == (message, 0)
+
+    @every_stream
+    @pytest.mark.parametrize("size", [1, 5, 16384])
+    def test_each_byte_is_touched_a_few_times(
+        self, stream: bytes, size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However small the pieces are that it comes in; each look is at a few bytes."""
+        message, _ = read(stream)
+        assert message is not None
+        peeked = 0
+        peek = RecordBuffer.peek
+
+        def counting(buffer: RecordBuffer, size: int) -> bytes:
+            nonlocal peeked
+            found = peek(buffer, size)
+            peeked += len(found)
+            return found
+
+        monkeypatch.setattr(RecordBuffer, "peek", counting)
+        buffer, reader, split = RecordBuffer(), ClientHelloReader(), records(message, size)
+        for number in range(len(split)):
+            assert reader.read(buffer) is None
+            buffer.feed(split[number : number + 1])
+        assert reader.read(buffer) == message
+        assert peeked <= 20 * len(split)
+
+    @every_stream
+    def test_given_back(self, stream: bytes) -> None:
+        message, _ = read(stream)
+        assert message is not None
+        buffer, reader = RecordBuffer(), ClientHelloReader()
+        buffer.feed(records(message, 3) + b"next")
+        assert reader.read(buffer) == message
+        reader.give_back(buffer)
+        assert read(buffer.take_all()[:-4]) == (message, 0)
 
     @every_stream
     def test_what_follows_is_left(self, stream: bytes) -> None:
-        assert read_handshake_message(stream + b"\x17\x03\x03next") == read_handshake_message(stream)
+        assert read(stream + b"\x17\x03\x03next") == (read(stream)[0], 7)
 
     @pytest.mark.parametrize(
         ("stream", "reason"),
         [
-            (b"G", "not TLS: a record of type 71"),
-            (b"\x80", "not TLS: a record of type 128"),
-            (b"\x15", "record of type 21"),
-            (b"\x17", "record of type 23"),
-            (b"\x16\x02", "major version 2"),
+            (b"GET /", "not TLS: a record of type 71"),
+            (b"\x80\0\0\0\0", "not TLS: a record of type 128"),
+            (b"\x15\x03\x01\0\0", "record of type 21"),
+            (b"\x17\x03\x01\0\0", "record of type 23"),
+            (b"\x16\x02\0\0\0", "major version 2"),
             (b"\x16\x03\x01\0\0", "record of 0 bytes"),
             (b"\x16\x03\x01\x40\x01", "record of 16385 bytes"),
             (b"\x16\x03\x01\0\x05\x02", "message of type 2"),
@@ -186,40 +217,38 @@ class TestReading:
             (b"\x16\x03\x01\0\x05\x01\0\0\0", "goes on after the ClientHello"),
             (record(hello() + b"\0")[:9], "goes on after the ClientHello"),
             (record(hello()[:20]) + record(hello()[20:] + b"\0")[:5], "goes on after the ClientHello"),
-            (record(hello()[:20]) + b"\x14", "record of type 20"),
+            (record(hello()[:20]) + b"\x14\x03\x01\0\1", "record of type 20"),
             (record(hello()[:20]) + b"\x16\x03\x03\0\0", "record of 0 bytes"),
-            (records(hello(extension(21, bytes(500))), 1)[: 6 * 256], "more than 256 records"),
         ],
     )
     def test_refused_as_early_as_possible(self, stream: bytes, reason: str) -> None:
         with pytest.raises(ClientHelloError, match=reason):
-            read_handshake_message(stream)
-        assert read_handshake_message(stream[:-1]) is None
+            read(stream)
+        assert read(stream[:-1])[0] is None
 
     def test_longest(self) -> None:
         longest = hello(extension(21, bytes(65535 - len(hello()) - 4)))
         assert len(longest) == 65535
-        assert read_handshake_message(records(longest)) == (longest, 65535 + 4 * 5)
+        assert read(records(longest)) == (longest, 0)
         assert parse_client_hello(longest).server_name is None
 
     def test_nothing_yet(self) -> None:
-        assert read_handshake_message(b"") is None
+        assert read(b"") == (None, 0)
 
     @given(st.binary(max_size=200))
     def test_any_bytes(self, data: bytes) -> None:
         try:
-            found = read_handshake_message(data)
+            message, rest = read(data)
         except ClientHelloError:
             return
-        assert found is None or found[1] <= len(data)
+        assert message is None or len(message) + rest < len(data)
 
 
 class TestParsing:
     @every_stream
     def test_cut_anywhere(self, stream: bytes) -> None:
-        found = read_handshake_message(stream)
-        assert found is not None
-        message, _ = found
+        message, _ = read(stream)
+        assert message is not None
         for end in range(len(message)):
             with pytest.raises(ClientHelloError):
                 parse_client_hello(message[:end])
@@ -229,11 +258,11 @@ class TestParsing:
 
     @every_stream
     def test_damaged_anywhere(self, stream: bytes) -> None:
-        found = read_handshake_message(stream)
-        assert found is not None
+        message, _ = read(stream)
+        assert message is not None
         chance = random.Random(1)
-        for position in range(len(found[0])):
-            damaged = bytearray(found[0])
+        for position in range(len(message)):
+            damaged = bytearray(message)
             damaged[position] = chance.choice([0, 1, 0xFF, damaged[position] ^ 1])
             try_to_parse(bytes(damaged))
 
@@ -255,11 +284,8 @@ class TestParsing:
         for tail in (b"", b"\0\0"):
             result = parse_client_hello(hello(tail=tail))
             assert (result.server_name, result.alpn, result.psk_identities) == (None, (), ())
-            assert (result.groups, result.key_share_groups, result.psk_modes) == ((), (), ())
+            assert result.groups == ()
             assert result.versions == (0x0303,)
-
-    def test_empty_key_share_asks_for_a_retry(self) -> None:
-        assert parse_client_hello(hello(extension(51, v16()))).key_share_groups == ()
 
     def test_names_of_other_types_are_skipped(self) -> None:
         assert parse_client_hello(hello(sni((1, b"\xff"), (0, b"a.example")))).server_name == "a.example"
@@ -304,28 +330,25 @@ class TestParsing:
             (hello(extension(10, v16(b"\0"))), "supported_groups has 1 bytes"),
             (hello(extension(10, v16(b"\0\x1d") + b"\0")), "after the end of supported_groups"),
             (hello(extension(43, v8())), "supported_versions has 0 bytes"),
-            (hello(extension(45, v8())), "psk_key_exchange_modes has 0 bytes"),
-            (hello(extension(51, v16(b"\0\x1d", v16()))), "empty share"),
-            (hello(extension(51, v16(b"\0\x1d", v16(b"x")) + b"\0")), "after the end of key_share"),
+            (hello(*(extension(1000 + number, b"") for number in range(257))), "more than 256 extensions"),
+            (hello(extension(10, v16(bytes(514)))), "more than 256 supported_groups"),
+            (hello(extension(16, v16(v8(b"x") * 257))), "more than 256 ALPN protocols"),
+            (hello(psk([b"x"] * 257, [bytes(32)] * 257)), "more than 256 PSK identities"),
         ],
     )
     def test_named(self, message: bytes, reason: str) -> None:
         with pytest.raises(ClientHelloError, match=reason):
-            read_all(parse_client_hello(message))
+            parse_client_hello(message)
 
 
 def try_to_parse(message: bytes) -> None:
     """Parse it or raise ClientHelloError, nothing else."""
     try:
-        read_all(parse_client_hello(message))
+        result = parse_client_hello(message)
     except ClientHelloError:
         return
-
-
-def read_all(result: ClientHello) -> None:
-    """Read what is not read at once, too."""
     assert all(result.alpn)
-    for numbers in (result.groups, result.key_share_groups, result.versions, result.psk_modes):
+    for numbers in (result.groups, result.versions):
         assert all(isinstance(number, int) for number in numbers)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkd_tls.records import RecordBuffer, alert
+from qkd_tls.records import RecordBuffer, alert, handshake_records
 
 pytestmark = pytest.mark.pure
 
@@ -33,7 +33,7 @@ def test_records_come_out_as_they_went_in(records: list[bytes], data: st.DataObj
         while (one := buffer.next_record()) is not None:
             found.append(one)
     assert found == records
-    assert not buffer.data
+    assert not buffer
 
 
 def test_nothing_is_there_yet() -> None:
@@ -44,15 +44,15 @@ def test_nothing_is_there_yet() -> None:
         buffer = RecordBuffer()
         buffer.feed(whole[:size])
         assert buffer.next_record() is None
-        assert len(buffer.data) == size
+        assert len(buffer) == size
 
 
 def test_only_the_first_is_taken() -> None:
     buffer = RecordBuffer()
     buffer.feed(bytearray(record(b"one") + record(b"two")))
     assert buffer.next_record() == record(b"one")
-    assert buffer.data == record(b"two")
-    assert len(buffer.data) == len(record(b"two"))
+    assert buffer.peek(100) == record(b"two")
+    assert len(buffer) == len(record(b"two"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_cannot_be_a_record_comes_back_at_once(data: bytes) -> None:
     buffer = RecordBuffer()
     buffer.feed(data)
     assert buffer.next_record() == data
-    assert not buffer.data
+    assert not buffer
 
 
 def test_the_largest_record() -> None:
@@ -86,13 +86,27 @@ def test_the_largest_record() -> None:
     assert buffer.next_record() == largest
 
 
-def test_take() -> None:
+def test_peek_put_back_and_take_all() -> None:
     buffer = RecordBuffer()
-    buffer.feed(b"abcdef")
-    assert buffer.data == b"abcdef"
-    assert buffer.take(2) == b"ab"
-    assert buffer.take_all() == b"cdef"
+    buffer.feed(b"cdef")
+    assert buffer.peek(2) == b"cd"
+    buffer.put_back(b"ab")
+    assert len(buffer) == 6
+    assert buffer.take_all() == b"abcdef"
     assert buffer.take_all() == b""
+
+
+@pytest.mark.parametrize("size", [1, 16384, 16385, 40000])
+def test_a_message_in_records(size: int) -> None:
+    message = bytes(number % 251 for number in range(size))
+    buffer = RecordBuffer()
+    buffer.feed(handshake_records(message))
+    contents = []
+    while (one := buffer.next_record()) is not None:
+        assert one[:3] == b"\x16\x03\x01"
+        contents.append(one[5:])
+    assert b"".join(contents) == message
+    assert [len(content) for content in contents[:-1]] == [16384] * (len(contents) - 1)
 
 
 def test_alert() -> None:

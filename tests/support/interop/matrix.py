@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from qkd_tls import KDF, Protection, QKDInfo
-from qkd_tls.client_hello import parse_client_hello, read_handshake_message
 from qkd_tls.psk_export import export_psk
+from tests.support.attacks import extensions
 from tests.support.interop.node_peer import NodeClient, NodeProcess, NodeServer, OurClient, OurServer
 from tests.support.interop.stacks import HELLO, STACKS, Given, Stack, answer
 from tests.support.requirements import Missing
@@ -143,13 +143,16 @@ def connection(
         return Outcome(info, error, echoed, _RETRY in front.server_sent, modes, psk.key_id)
 
 
+_PSK_KEY_EXCHANGE_MODES = 45
+
+
 def _modes(stream: bytes) -> tuple[str, ...]:
     """Of the stream's first ClientHello; the last records of the connection before may come late."""
     while stream and stream[0] != 22:
         stream = stream[5 + int.from_bytes(stream[3:5], "big") :]
-    read = read_handshake_message(stream)
-    assert read is not None
-    return tuple(_MODES[mode] for mode in sorted(parse_client_hello(read[0]).psk_modes))
+    # The whole message is in one record.
+    _, found = extensions(stream[: 5 + int.from_bytes(stream[3:5], "big")])
+    return tuple(_MODES[mode] for mode in sorted(found.get(_PSK_KEY_EXCHANGE_MODES, b"\0")[1:]))
 
 
 def row(lab: Lab, stack: Stack, role: str) -> list[str]:
