@@ -17,9 +17,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from qkd_tls import control, hybrid
-from qkd_tls.client_hello import ClientHelloError, ClientHelloReader, parse_client_hello
+from qkd_tls.client_hello import ClientHelloError, parse_client_hello
 from qkd_tls.hybrid import KDF, PSKIdentity
-from qkd_tls.records import RecordBuffer
+from tests.support.client_hellos import read
 from tests.support.paths import VECTORS
 
 KIT = VECTORS
@@ -144,12 +144,6 @@ def hash_name(case: dict[str, Any]) -> str:
     return str(case["derived"]["kdf"])
 
 
-def whole_hello(record: bytes) -> bytes | None:
-    buffer = RecordBuffer()
-    buffer.feed(record)
-    return ClientHelloReader().read(buffer)
-
-
 def hybrid_hello(case: dict[str, Any]) -> tuple[bytes, list[bytes]]:
     """The ClientHello with the PSK, and the client's records behind it."""
     sent = list(records(case["client_sent"]))
@@ -157,7 +151,7 @@ def hybrid_hello(case: dict[str, Any]) -> tuple[bytes, list[bytes]]:
         n
         for n, record in enumerate(sent)
         if record[0] == 22
-        and (message := whole_hello(record)) is not None
+        and (message := read(record)[0]) is not None
         and parse_client_hello(message).psk_identities
     )
     return sent[number][5:], sent[number + 1 :]

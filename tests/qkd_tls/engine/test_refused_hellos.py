@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import struct
 from typing import Any
 
 import pytest
@@ -17,46 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkd_tls import Policy
-from qkd_tls.client_hello import ClientHelloError, ClientHelloReader, parse_client_hello
+from qkd_tls.client_hello import ClientHelloError, parse_client_hello
 from qkd_tls.engine import ChooseContext
 from qkd_tls.openssl import TLSConnection
-from qkd_tls.records import RecordBuffer
+from tests.support.attacks import extensions
+from tests.support.client_hellos import extension, psk, read, record, records, sni, v8, v16, v24
 from tests.support.memory import World
 from tests.support.sizes import sized
 
 _HANDSHAKE_FAILURE = 40
 _ALERT = 21
+CHANGES = "twice", "unknown", "many", "move", "name", "alpn", "groups", "shares", "cut", "longer", "psk"
 
-Extensions = list[tuple[int, bytes]]
-
-
-def _v16(data: bytes) -> bytes:
-    return len(data).to_bytes(2, "big") + data
-
-
-def _server_name(*names: tuple[int, bytes]) -> bytes:
-    return _v16(b"".join(bytes([kind]) + _v16(name) for kind, name in names))
-
-
-def _real_hello() -> tuple[bytes, Extensions]:
-    """Return a client's ClientHello up to its extensions, and these."""
-    tls = TLSConnection(World().client_context, server_hostname="server.example", alpn=("http/1.1",))
-    tls.handshake()
-    message = tls.take()[5:]
-    position = 4 + 2 + 32
-    position += 1 + message[position]
-    position += 2 + int.from_bytes(message[position : position + 2], "big")
-    position += 1 + message[position]
-    start, found = message[4:position], []
-    position += 2
-    while position < len(message):
-        kind, size = struct.unpack_from(">HH", message, position)
-        found.append((kind, message[position + 4 : position + 4 + size]))
-        position += 4 + size
-    return start, found
-
-
-START, EXTENSIONS = _real_hello()
+_tls = TLSConnection(World().client_context, server_hostname="server.example", alpn=("http/1.1",))
+_tls.handshake()
+START, EXTENSIONS = extensions(_tls.take())
+"""A client's ClientHello up to its extensions, and these."""
 
 _names = st.one_of(
     st.sampled_from([b"", b"a b", b"a\n", b"\x80", b"a\0b", b"a.example", b"x" * 300]), st.binary(max_size=5)
@@ -64,73 +39,65 @@ _names = st.one_of(
 _binder_sizes = st.lists(st.sampled_from([0, 31, 32, 48, 255]), max_size=3)
 
 
-@st.composite
-def _psks(draw: st.DrawFn) -> bytes:
-    identities = draw(st.lists(st.binary(max_size=6), max_size=3))
-    binders = [bytes(size) for size in draw(_binder_sizes)]
-    return _v16(b"".join(_v16(identity) + bytes(4) for identity in identities)) + _v16(
-        b"".join(bytes([len(binder)]) + binder for binder in binders)
-    )
+_psks = st.builds(
+    psk,
+    st.lists(st.binary(max_size=6), max_size=3),
+    _binder_sizes.map(lambda sizes: [bytes(size) for size in sizes]),
+)
 
 
 @st.composite
-def _changed(draw: st.DrawFn) -> Extensions:
+def _changed(draw: st.DrawFn) -> list[bytes]:
     """Change a real client's extensions a few times."""
-    extensions = list(EXTENSIONS)
+    changed = [extension(kind, content) for kind, content in EXTENSIONS.items()]
     for _ in range(draw(st.integers(0, 3))):
-        place = draw(st.integers(0, len(extensions) - 1))
-        kind, content = extensions[place]
-        change = draw(
-            st.sampled_from(
-                ["twice", "unknown", "many", "move", "name", "alpn", "groups", "cut", "longer", "psk"]
-            )
-        )
+        place = draw(st.integers(0, len(changed) - 1))
+        kind, content = int.from_bytes(changed[place][:2], "big"), changed[place][4:]
+        change = draw(st.sampled_from(CHANGES))
         if change == "twice":
-            extensions.insert(draw(st.integers(0, len(extensions))), (kind, content))
+            changed.insert(draw(st.integers(0, len(changed))), changed[place])
         elif change == "unknown":
-            extensions[place:place] = [(0x7777, b"x")] * draw(st.integers(1, 2))
+            changed[place:place] = [extension(0x7777, b"x")] * draw(st.integers(1, 2))
         elif change == "many":
-            extensions[place:place] = [
-                (0x7000 + number, b"") for number in range(draw(st.integers(200, 300)))
-            ]
+            number = draw(st.integers(200, 300))
+            changed[place:place] = [extension(0x7000 + kind, b"") for kind in range(number)]
         elif change == "move":
-            extensions.insert(draw(st.integers(0, len(extensions) - 1)), extensions.pop(place))
+            changed.insert(draw(st.integers(0, len(changed) - 1)), changed.pop(place))
         elif change == "name":
-            names = draw(st.lists(st.tuples(st.sampled_from([0, 0, 1]), _names), max_size=2))
-            extensions[place] = (0, _server_name(*names))
+            changed[place] = sni(*draw(st.lists(st.tuples(st.sampled_from([0, 0, 1]), _names), max_size=2)))
         elif change == "alpn":
             protocols = draw(st.lists(st.sampled_from([b"", b"h2", b"qkd-tls/1"]), max_size=3))
-            copies = draw(st.sampled_from([1, 1, 200]))
-            extensions[place] = (16, _v16(b"".join(bytes([len(p)]) + p for p in protocols) * copies))
+            changed[place] = extension(16, v16(*map(v8, protocols * draw(st.sampled_from([1, 1, 200])))))
         elif change == "groups":
-            extensions[place] = (10, _v16(draw(st.sampled_from([b"", b"\0", b"\x11\xec", bytes(1000)]))))
+            changed[place] = extension(10, v16(draw(st.sampled_from([b"", b"\0", b"\x11\xec", bytes(1000)]))))
+        elif change == "shares":
+            # An empty list asks for a HelloRetryRequest.
+            changed = [one for one in changed if one[:2] != b"\0\x33"]
+            changed.insert(0, extension(51, v16()))
         elif change == "cut":
-            extensions[place] = (kind, content[: draw(st.integers(0, len(content)))])
+            changed[place] = extension(kind, content[: draw(st.integers(0, len(content)))])
         elif change == "longer":
-            extensions[place] = (kind, content + b"\0")
+            changed[place] = extension(kind, content + b"\0")
         else:
-            extensions.append((41, draw(_psks())))
-    return extensions
+            changed.append(draw(_psks))
+    return changed
 
 
 @st.composite
 def _streams(draw: st.DrawFn) -> bytes:
-    """Make a stream of such a ClientHello, in records of any size."""
-    block = b"".join(struct.pack(">HH", kind, len(content)) + content for kind, content in draw(_changed()))
-    body = START + _v16(block) + draw(st.sampled_from([b"", b"", b"", b"\0"]))
-    message = b"\x01" + len(body).to_bytes(3, "big") + body
+    """Make a stream of such a ClientHello, in records of any size, and what follows it."""
+    message = b"\x01" + v24(START, v16(*draw(_changed())), draw(st.sampled_from([b"", b"", b"", b"\0"])))
     size = draw(st.sampled_from([16384, 16384, 1000, 3, 1]))
-    records = [message[start : start + size] for start in range(0, len(message), size)]
+    pieces = [message[start : start + size] for start in range(0, len(message), size)]
     if draw(st.integers(0, 5)) == 0:
-        records.insert(draw(st.integers(0, len(records) - 1)), b"")
-    return b"".join(b"\x16\x03\x01" + _v16(record) for record in records)
+        pieces.insert(draw(st.integers(0, len(pieces) - 1)), b"")
+    behind = draw(st.sampled_from([b"", b"", record(b""), records(message), b"\x17\x03\x03\0\1x"]))
+    return b"".join(map(record, pieces)) + behind
 
 
 def _refusal(stream: bytes) -> ClientHelloError | None:
-    buffer = RecordBuffer()
-    buffer.feed(stream)
     try:
-        message = ClientHelloReader().read(buffer)
+        message, _ = read(stream)
         if message is not None:
             parse_client_hello(message)
     except ClientHelloError as error:
