@@ -662,15 +662,10 @@ class TLSConnection(_Owner):
     # --- errors
 
     def _raise_unwritten(self, result: int) -> NoReturn:
-        failed, closed = self._failed, bool(_lib.SSL_get_shutdown(self._raw) & SSL.SENT_SHUTDOWN)
-        try:
-            self._raise(result)
-        finally:
-            if closed:
-                # Nothing can be written behind close_notify; what the peer sends can still be read.
-                self._failed = failed
+        # Nothing can be written behind close_notify; what the peer sends can still be read.
+        self._raise(result, fatal=not _lib.SSL_get_shutdown(self._raw) & SSL.SENT_SHUTDOWN)
 
-    def _raise(self, result: int) -> NoReturn:
+    def _raise(self, result: int, *, fatal: bool = True) -> NoReturn:
         number = _ffi.errno
         _raise_kept()
         kind = _lib.SSL_get_error(self._raw, result)
@@ -681,7 +676,7 @@ class TLSConnection(_Owner):
         if kind == _lib.SSL_ERROR_ZERO_RETURN:
             raise ssl_error(ssl.SSLZeroReturnError, "TLS/SSL connection has been closed (EOF)")
         reason = _drain_error_queue()
-        self._failed = True
+        self._failed = self._failed or fatal
         if kind == _lib.SSL_ERROR_SYSCALL and not reason and number:
             raise OSError(number, os.strerror(number))
         # An end is told to whoever asks again, too: OpenSSL itself gives a reason only once.

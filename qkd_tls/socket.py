@@ -463,7 +463,7 @@ class QKDSocket(Endpoint, SSLSocket):  # type: ignore[misc]
     def _write(self, data: Any, *, whole: bool) -> int:
         # These lines count, down to the first `return`: each small record is written by them.
         view = data if type(data) is bytes else memoryview(data).cast("B")
-        size, sent, deadline = len(view), 0, None if self._timeout is None else self._deadline()
+        size, sent, deadline = len(view), 0, self._deadline()
         if whole and not size:
             if self._info is not None and self._tls is None:
                 raise _closed()
